@@ -1,0 +1,215 @@
+"""The record of a run: every change of the batch size, and the last updates."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Change", "History", "Update"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update.
+
+    Attributes:
+        step: updates made, this one included.
+        epoch: from 0.
+        samples: samples consumed so far, this update's included.
+        batch_size: samples of this update, over all ranks and micro-batches.
+        micro_batch_size: samples of its largest forward/backward pass.
+        lr_scale: factor on the scheduled learning rate.
+        noise_scale: last identified noise scale, in samples.
+        throughput: samples per second.
+        seconds: wall time, waiting for data included.
+        loss: mean loss, where it was read.
+    """
+
+    step: int
+    epoch: int
+    samples: int
+    batch_size: int
+    micro_batch_size: int
+    lr_scale: float
+    noise_scale: float
+    throughput: float
+    seconds: float = math.nan
+    loss: float = math.nan
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of the batch size, or one reason to stay.
+
+    Attributes:
+        step: updates made when it was decided.
+        epoch: from 0.
+        samples: samples consumed when it was decided.
+        batch_size: the new size; the current one where nothing changed.
+        previous: the size before.
+        reason: why, in words.
+    """
+
+    step: int
+    epoch: int
+    samples: int
+    batch_size: int
+    previous: int
+    reason: str
+
+
+_UPDATE_FIELDS = [field.name for field in dataclasses.fields(Update)]
+_COUNTS = 5  # the leading fields are whole numbers
+
+
+def _update_from_row(row: list[float]) -> Update:
+    return Update(*map(int, row[:_COUNTS]), *row[_COUNTS:])
+
+
+class History:
+    """What happened in a run, in constant memory.
+
+    All changes are kept; of the updates a ring of the last ``size``. Older ones are written to ``path``
+    as they leave the ring, if one is given, so that file and ring together hold every update once.
+
+    Args:
+        size: updates to keep.
+        path: CSV file for the updates that leave the ring; opened when the first one does.
+
+    Attributes:
+        updates: the last updates, oldest first.
+        changes: every change of the batch size, oldest first.
+        notes: reasons to keep the size, one entry whenever the reason becomes another one.
+    """
+
+    def __init__(self, size: int = 10_000, *, path: str | Path | None = None) -> None:
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"history_size={size!r} must be a positive number of updates to keep.")
+        self.updates: deque[Update] = deque(maxlen=size)
+        self.changes: list[Change] = []
+        self.notes: deque[Change] = deque(maxlen=1000)
+        self._path = None if path is None else Path(path)
+        self._file: IO[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    def add(self, update: Update) -> None:
+        """Record an update."""
+        if self._path is not None and len(self.updates) == self.updates.maxlen:
+            self._write(self.updates[0])
+        self.updates.append(update)
+
+    def _write(self, update: Update) -> None:
+        if self._file is None:
+            assert self._path is not None
+            self._file = self._path.open("w", newline="", buffering=1)
+            csv.writer(self._file).writerow(_UPDATE_FIELDS)
+        csv.writer(self._file).writerow(dataclasses.astuple(update))
+
+    def close(self) -> None:
+        """Close the file of older updates, if one was opened."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def column(self, name: str) -> list[float]:
+        """One field of all kept updates."""
+        return [getattr(update, name) for update in self.updates]
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the kept updates, one a row."""
+        with Path(path).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(_UPDATE_FIELDS)
+            writer.writerows(dataclasses.astuple(update) for update in self.updates)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write changes, notes and kept updates."""
+        record = {
+            "updates": [dataclasses.asdict(update) for update in self.updates],
+            "changes": [dataclasses.asdict(change) for change in self.changes],
+            "notes": [dataclasses.asdict(note) for note in self.notes],
+        }
+        Path(path).write_text(json.dumps(record))
+
+    def plot(self, path: str | Path | None = None, *, series: Mapping[str, Any] | None = None) -> Figure:
+        """Draw batch size, noise scale, learning-rate factor and ``series`` over the samples seen.
+
+        Args:
+            path: where to write the figure; its ending chooses the format.
+            series: more panels, ``{label: (samples, values)}``.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "History.plot needs matplotlib: install it with `pip install adaptive-batch[plot]`."
+            ) from error
+        extra = dict(series or {})
+        figure = Figure(figsize=(9, 2.1 * (3 + len(extra)) + 0.6), layout="constrained")
+        panels = figure.subplots(3 + len(extra), sharex=True)
+        samples = self.column("samples")
+        panels[0].step(samples, self.column("batch_size"), where="pre", color="C0")
+        panels[0].set(ylabel="batch size", yscale="log")
+        panels[0].set_yscale("log", base=2)
+        panels[1].plot(samples, self.column("noise_scale"), color="C1")
+        panels[1].set(ylabel="noise scale", yscale="log")
+        panels[2].plot(samples, self.column("lr_scale"), color="C2")
+        panels[2].set(ylabel="learning-rate\nfactor")
+        for panel, (label, (x, y)), index in zip(panels[3:], extra.items(), range(3, 10), strict=False):
+            panel.plot(x, y, color=f"C{index}", marker=".")
+            panel.set(ylabel=label)
+        for panel in panels:
+            panel.grid(alpha=0.3)
+            for change in self.changes:
+                panel.axvline(change.samples, color="0.6", linewidth=0.7, linestyle=":")
+        panels[-1].set(xlabel="samples")
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def state_dict(self) -> dict[str, Any]:
+        """Changes and notes as plain values; the kept updates as a ``[n, fields]`` tensor, which is quick to save."""
+        rows = [[getattr(update, name) for name in _UPDATE_FIELDS] for update in self.updates]
+        return {
+            "updates": torch.tensor(rows, dtype=torch.float64),
+            "changes": [dataclasses.asdict(change) for change in self.changes],
+            "notes": [dataclasses.asdict(note) for note in self.notes],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: if the state is not one of a history; nothing is changed then.
+        """
+        try:
+            updates = [_update_from_row(row) for row in state["updates"].tolist()]
+            changes = [Change(**row) for row in state["changes"]]
+            notes = [Change(**row) for row in state["notes"]]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"this is not the state of a History ({error}).") from error
+        self._replace(updates, changes, notes)
+
+    def _replace(self, updates: Iterable[Update], changes: list[Change], notes: Iterable[Change]) -> None:
+        self.updates.clear()
+        self.updates.extend(updates)
+        self.changes[:] = changes
+        self.notes.clear()
+        self.notes.extend(notes)

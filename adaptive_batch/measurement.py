@@ -1,0 +1,75 @@
+"""What one update showed: the only thing that flows from the executor to the controller and the policies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, SupportsFloat, Union
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from adaptive_batch.throughput import StepTimeModel
+
+Number = Union[float, Tensor]
+"""A number, or a zero-dimensional tensor that is left on its device until somebody has to know it."""
+
+
+def read_numbers(values: Sequence[Number]) -> list[float]:
+    """All numbers as floats, fetching those that live on a device in one transfer."""
+    tensors = [v.detach().reshape(()).float() for v in values if isinstance(v, Tensor)]
+    fetched = iter(torch.stack(tensors).tolist() if tensors else ())
+    return [next(fetched) if isinstance(v, Tensor) else float(v) for v in values]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The record of one update, and what the controller made of it.
+
+    The executor fills the fields up to ``sq_norm``; numbers that live on a device stay there as
+    tensors until the controller reads them all together. The controller fills the rest before it
+    asks a policy, so a policy sees plain numbers only. ``NaN`` means "not known".
+
+    Attributes:
+        update: updates made before and including this one.
+        epoch: epoch this update belongs to, from 0.
+        samples: samples consumed up to and including this update, over all epochs and ranks.
+        batch_size: ``B``, samples of this update over all ranks and micro-batches.
+        reference_batch_size: ``B0``, the size that the learning rate was tuned for.
+        lr: the scheduled learning rate of the first parameter group, before scaling.
+        loss: mean loss of the update's samples.
+        seconds: wall time of the update, waiting for data included.
+        peak_memory: most bytes in use during the update.
+        part_sq_norms: ``[n]`` squared norms of the mean gradients of the update's ``n`` parts.
+        part_sizes: ``[n]`` samples of each part.
+        pass_sizes: ``[m]`` samples of each forward/backward pass.
+        pass_seconds: ``[m]`` time of each pass, its share of the wait for data included.
+        sq_norm: squared norm of the mean gradient over all parts.
+        noise_scale: ``phi = tr(Sigma) / |G|^2`` in samples, smoothed.
+        grad_sq_norm: ``|G|^2``, smoothed and unbiased.
+        grad_variance: ``tr(Sigma)`` of one sample's gradient, smoothed and unbiased.
+        interval: 95 % confidence interval of ``noise_scale``, in samples.
+        step_time: the model of an update's seconds as a function of its samples.
+    """
+
+    update: int = 0
+    epoch: int = 0
+    samples: int = 0
+    batch_size: int = 1
+    reference_batch_size: int = 1
+    lr: float = math.nan
+    loss: Number = math.nan
+    seconds: SupportsFloat = math.nan
+    peak_memory: float = math.nan
+    part_sq_norms: Sequence[float] | Tensor = ()
+    part_sizes: Sequence[int] = ()
+    pass_sizes: Sequence[int] = ()
+    pass_seconds: Sequence[SupportsFloat] = ()
+    sq_norm: Number = math.nan
+    noise_scale: float = math.nan
+    grad_sq_norm: float = math.nan
+    grad_variance: float = math.nan
+    interval: tuple[float, float] = (math.nan, math.nan)
+    step_time: StepTimeModel | None = None

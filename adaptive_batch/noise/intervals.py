@@ -1,0 +1,110 @@
+"""Confidence intervals for the ratio of two weighted means: jackknife, Fieller, Student's t."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# 64 nodes integrate the density of t to rounding over every range that a confidence below 1 asks for.
+_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
+
+
+@lru_cache(maxsize=256)
+def student_t_quantile(confidence: float, dof: float) -> float:
+    """``t`` with ``P(|T| <= t) = confidence`` for Student's t with ``dof`` degrees of freedom.
+
+    With ``t = sqrt(dof) tan(angle)`` the probability is ``c * integral_0^angle cos(a)^(dof - 1) da``. It
+    is concave in the angle, so Newton's steps from 0 approach the quantile from below and cannot overshoot.
+
+    Args:
+        confidence: probability of the interval around 0, between 0 and 1.
+        dof: degrees of freedom, at least 1; need not be whole.
+
+    Raises:
+        ValueError: if either is out of its range.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} is not a probability between 0 and 1; pass 0.95, say.")
+    if not 1 <= dof < math.inf:
+        raise ValueError(
+            f"dof={dof} is not a finite number of degrees of freedom from 1 on; pass at least 1."
+        )
+    log_constant = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)
+    constant = 2 / math.sqrt(math.pi) * math.exp(log_constant)
+    angle = 0.0
+    for _ in range(100):
+        density = constant * np.cos(angle * (_NODES + 1) / 2) ** (dof - 1)
+        probability = angle / 2 * float(_NODE_WEIGHTS @ density)
+        step = (confidence - probability) / (constant * math.cos(angle) ** (dof - 1))
+        angle += step
+        if step < 1e-13 * angle:
+            break
+    return math.sqrt(dof) * math.tan(angle)
+
+
+def jackknife_covariance(values: Array, weights: Array) -> Array:
+    """Covariance of the weighted mean of independent rows, by leaving out one row at a time.
+
+    With shares ``p_k = w_k / sum(w)`` and means ``m_(-k)`` without row ``k`` it is
+    ``sum_k (1 - p_k) (m_(-k) - m)(m_(-k) - m)'``: the usual delete-one jackknife with its factor
+    ``(K - 1) / K`` where all weights are equal, and unbiased where a row's variance is inversely
+    proportional to its weight.
+
+    Args:
+        values: ``[K, D]`` rows.
+        weights: ``[K]`` positive weights; no single row may have all the weight.
+
+    Returns:
+        ``[D, D]`` covariance of the weighted mean.
+    """
+    share = weights / weights.sum()
+    deviations = values - share @ values
+    covariance: Array = (deviations.T * (share**2 / (1 - share))) @ deviations
+    return covariance
+
+
+def effective_count(weights: Array) -> float:
+    """``sum(w^2)^2 / sum(w^4)``: how many equally weighted rows tell as much about their own variance.
+
+    This is Satterthwaite's count for the jackknife of rows of equal variance; ``K`` for equal weights.
+    """
+    squares = (weights / weights.max()) ** 2
+    return float(squares.sum() ** 2 / (squares**2).sum())
+
+
+def fieller_interval(means: Array, covariance: Array, quantile: float) -> tuple[float, float]:
+    """The values of ``ratio = means[0] / means[1]``, both expectations at least 0, that the data allow.
+
+    Fieller's set is ``{r : (m0 - r m1)^2 <= t^2 (v00 - 2 r v01 + r^2 v11)}``. It stays honest when the
+    denominator is near zero: then it has no upper end, which is what the data say about the ratio.
+
+    Source: Fieller, "Some problems in interval estimation", J. R. Stat. Soc. B 16(2), 1954.
+
+    Args:
+        means: ``[2]`` estimates of numerator and denominator.
+        covariance: ``[2, 2]`` covariance of the estimates.
+        quantile: ``t``, the two-sided quantile that belongs to the confidence wanted.
+
+    Returns:
+        ``(low, high)``, the smallest interval in ``[0, inf]`` around the set; ``high`` is infinite when the
+        denominator cannot be told from zero, and so is ``low`` when it is significantly negative.
+    """
+    numerator, denominator = map(float, means)
+    # The set is {r : a r^2 - 2 b r + c <= 0}.
+    a = denominator**2 - quantile**2 * float(covariance[1, 1])
+    b = numerator * denominator - quantile**2 * float(covariance[0, 1])
+    c = numerator**2 - quantile**2 * float(covariance[0, 0])
+    root = math.sqrt(max(b * b - a * c, 0.0))
+    if a > 0 and denominator < 0:
+        return math.inf, math.inf
+    if a > 0:
+        return max((b - root) / a, 0.0), max((b + root) / a, 0.0)
+    if numerator <= 0 or c <= 0:
+        return 0.0, math.inf
+    # The positive root (b - root) / a, without the cancellation and with its limit where a is 0.
+    return c / (b + root) if b + root > 0 else math.inf, math.inf

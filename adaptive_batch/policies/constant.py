@@ -1,0 +1,30 @@
+"""A batch size that does not change."""
+
+from __future__ import annotations
+
+from adaptive_batch.measurement import Measurement
+
+
+class Constant:
+    """Always the same batch size; training is then what it would be without the package.
+
+    Args:
+        batch_size: the global batch size in samples; None is the reference batch size ``B0``.
+
+    Raises:
+        ValueError: ``batch_size`` is below 1.
+    """
+
+    name = "constant"
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, batch_size: int | None = None) -> None:
+        if batch_size is not None and not batch_size >= 1:
+            raise ValueError(
+                f"batch_size={batch_size} is below 1 sample: pass a size, or None for the reference."
+            )
+        self.batch_size = batch_size
+
+    def propose(self, measurement: Measurement) -> float:
+        """Returns the constant size."""
+        return float(measurement.reference_batch_size if self.batch_size is None else self.batch_size)

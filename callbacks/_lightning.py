@@ -1,0 +1,309 @@
+"""The only module that touches Lightning's private names.
+
+Each function says which private name it uses; all were read and run with pytorch-lightning and lightning
+2.6.6. Everything is reached through the trainer's own objects, never through a class imported from one
+of the two packages, so the same code serves ``pytorch_lightning`` and ``lightning.pytorch``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback as CallbackBase
+    from pytorch_lightning import Trainer
+else:
+
+    def _callback_bases() -> tuple[type, ...]:
+        """The Callback class of each Lightning package that is installed."""
+        bases = []
+        for name in ("pytorch_lightning", "lightning.pytorch"):
+            try:
+                bases.append(importlib.import_module(name).Callback)
+            except ImportError:
+                continue
+        return tuple(dict.fromkeys(bases))
+
+    CallbackBase = type("CallbackBase", _callback_bases(), {})
+
+__all__ = ["CallbackBase", "Patches"]
+
+NEVER = 2**62
+"""A ``val_check_batch`` that no batch index reaches."""
+
+
+class Patches:
+    """Overrides of attributes on instances, all taken back together."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def override(self, target: Any, name: str, make: Callable[[Any], Any]) -> None:
+        """Set ``target.name`` to ``make(original)``."""
+        original = getattr(target, name)
+        own = target.__dict__.get(name, None)
+        target.__dict__[name] = make(original)
+        if own is None:
+            self._undo.append(lambda: target.__dict__.pop(name, None))
+        else:
+            self._undo.append(lambda: target.__dict__.__setitem__(name, own))
+
+    def undo(self) -> None:
+        """Put back every original, the last override first."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def logger_of(trainer: Trainer) -> logging.Logger:
+    """The logger of the Lightning package that the trainer is from, whose messages its users see."""
+    modules = (cls.__module__ for cls in type(trainer).__mro__)
+    package = next(m for m in modules if m.startswith(("pytorch_lightning.", "lightning.pytorch.")))
+    root = "pytorch_lightning" if package.startswith("pytorch_lightning") else "lightning.pytorch"
+    return logging.getLogger(f"{root}.adaptive_batch")
+
+
+def override_train_loader(patches: Patches, trainer: Trainer, transform: Callable[[Any], Any]) -> None:
+    """Give every training loader to ``transform`` before Lightning adds its own sampler to it.
+
+    Private: ``trainer._data_connector._prepare_dataloader`` (2.0 to 2.6).
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(dataloader: object, shuffle: bool, mode: Any) -> object:
+            if str(getattr(mode, "value", mode)) != "train":
+                return original(dataloader, shuffle=shuffle, mode=mode)
+            return transform(dataloader)
+
+        return prepare
+
+    patches.override(trainer._data_connector, "_prepare_dataloader", make)
+
+
+def override_setup_data(patches: Patches, trainer: Trainer, setup_data: Callable[..., None]) -> None:
+    """Set the training data up by ``setup_data(original)``.
+
+    Private: ``fit_loop.setup_data`` (2.0 to 2.6).
+    """
+
+    def make(original: Callable[[], None]) -> Callable[[], None]:
+        return lambda: setup_data(original)
+
+    patches.override(trainer.fit_loop, "setup_data", make)
+
+
+def override_closure(patches: Patches, trainer: Trainer, make_closure: Callable[..., Any]) -> None:
+    """Build the closure of an update by ``make_closure(original, kwargs, optimizer, batch_idx)``.
+
+    Private: ``automatic_optimization._make_closure`` (2.0 to 2.6).
+    """
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda kwargs, optimizer, batch_idx: make_closure(original, kwargs, optimizer, batch_idx)
+
+    patches.override(loop, "_make_closure", make)
+
+
+def override_optimizer_step(patches: Patches, trainer: Trainer, step: Callable[..., None]) -> None:
+    """Run each optimizer step by ``step(original, batch_idx, closure)``.
+
+    Private: ``automatic_optimization._optimizer_step`` (2.0 to 2.6).
+    """
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        return lambda batch_idx, closure: step(original, batch_idx, closure)
+
+    patches.override(loop, "_optimizer_step", make)
+
+
+def override_scheduler_steps(patches: Patches, trainer: Trainer, indices: Callable[[bool], Iterator[int]]) -> None:
+    """Step the per-update schedulers once for each batch index that ``indices(plateau)`` gives.
+
+    Lightning compares a scheduler's ``frequency`` with the batch index, so the index is set for the call.
+
+    Private: ``epoch_loop._update_learning_rates`` (2.0 to 2.6).
+    """
+    loop = trainer.fit_loop.epoch_loop
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def update(interval: str, update_plateau_schedulers: bool) -> None:
+            if interval != "step":
+                original(interval=interval, update_plateau_schedulers=update_plateau_schedulers)
+                return
+            for index in indices(update_plateau_schedulers):
+                with _batch_index(loop, index):
+                    original(interval=interval, update_plateau_schedulers=update_plateau_schedulers)
+
+        return update
+
+    patches.override(loop, "_update_learning_rates", make)
+
+
+@contextmanager
+def _batch_index(loop: Any, index: int) -> Iterator[None]:
+    current = loop.batch_progress.current
+    ready, current.ready = current.ready, index
+    try:
+        yield
+    finally:
+        current.ready = ready
+
+
+def epoch_ends(trainer: Trainer) -> bool:
+    """Whether the batch at hand is the epoch's last. Private: ``_num_ready_batches_reached``."""
+    return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+
+
+def accumulating(trainer: Trainer) -> bool:
+    """Whether the batch at hand makes no update of its own. Private: ``_should_accumulate``."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def batches_started(trainer: Trainer) -> int:
+    """Batches of this epoch handed to the loop so far, the one at hand included."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def total_batches_started(trainer: Trainer) -> int:
+    """Batches of the run handed to the loop so far, the one at hand included."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+def set_epoch_length(trainer: Trainer, batches: int) -> None:
+    """Tell every part of the loop that keeps its own copy how many batches this epoch has.
+
+    Any one left behind loses data or validation silently.
+    Private: ``fit_loop._combined_loader`` and its ``_iterator.limits``, ``fit_loop._data_fetcher.length``.
+    """
+    fit_loop = trainer.fit_loop
+    combined = fit_loop._combined_loader
+    if combined is not None:
+        combined.limits = [batches] * len(combined.flattened)
+        if combined._iterator is not None:
+            combined._iterator.limits = combined.limits
+    fit_loop.max_batches = batches
+    fetcher = fit_loop._data_fetcher
+    if fetcher is not None and fetcher.length is not None:
+        fetcher.length = batches
+    _set_progress_bar_total(trainer, batches)
+
+
+def _set_progress_bar_total(trainer: Trainer, batches: int) -> None:
+    bar: Any = trainer.progress_bar_callback
+    tqdm_bar = getattr(bar, "_train_progress_bar", None)
+    if tqdm_bar is not None:
+        tqdm_bar.total = batches
+    rich_id, progress = getattr(bar, "train_progress_bar_id", None), getattr(bar, "progress", None)
+    if rich_id is not None and progress is not None:
+        progress.update(rich_id, total=batches)
+
+
+def validate_now(trainer: Trainer, now: bool) -> None:
+    """Make the loop validate after the batch at hand, or not."""
+    per_epoch = trainer.check_val_every_n_epoch is not None
+    index = batches_started(trainer) if per_epoch else total_batches_started(trainer)
+    trainer.val_check_batch = index if now else NEVER
+
+
+def validates_by_time(trainer: Trainer) -> bool:
+    """Whether ``val_check_interval`` is a duration. Private: ``trainer._val_check_time_interval`` (2.6)."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def amp_scale(trainer: Trainer) -> Tensor | float:
+    """Factor that automatic mixed precision puts on the loss. Private: ``GradScaler._scale``."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    scale = scaler._scale
+    return scaler.get_scale() if scale is None else scale  # the tensor, so that nothing waits for the device
+
+
+class LogBuffer:
+    """Collects the ``self.log`` calls of an update's parts and makes each once, for the whole batch.
+
+    Private: ``epoch_loop._results.log``, ``.batch`` and ``.batch_size`` (2.0 to 2.6).
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._results: Any = trainer.fit_loop.epoch_loop._results
+        self._calls: dict[tuple[str, str], list[tuple[Any, int, dict[str, Any]]]] = {}
+        self._size = 0
+
+    def __enter__(self) -> LogBuffer:
+        self._batch, self._batch_size = self._results.batch, self._results.batch_size
+        self._results.__dict__["log"] = self._record
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._results.__dict__.pop("log", None)
+        self._results.batch, self._results.batch_size = self._batch, self._batch_size
+
+    def start_part(self, part: Any, size: int) -> None:
+        """The next calls speak of ``part``, which has ``size`` samples."""
+        self._results.batch, self._results.batch_size = part, None
+        self._size = size
+
+    def _record(self, fx: str, name: str, value: Any, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
+        if args:
+            names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist")
+            kwargs.update(zip(names, args, strict=False))
+        value = value.detach() if isinstance(value, Tensor) and not kwargs.get("enable_graph") else value
+        self._calls.setdefault((fx, name), []).append((value, batch_size or self._size, kwargs))
+
+    def commit(self) -> None:
+        """Make every collected call, its values merged by its own reduction. Call after the context."""
+        for (fx, name), calls in self._calls.items():
+            values, sizes, kwargs = [c[0] for c in calls], [c[1] for c in calls], calls[-1][2]
+            value = _merge(values, sizes, kwargs.get("reduce_fx", torch.mean))
+            self._results.log(fx, name, value, batch_size=sum(sizes), **kwargs)
+        self._calls.clear()
+
+
+def _merge(values: list[Any], sizes: list[int], reduce_fx: Any) -> Any:
+    if not isinstance(values[-1], Tensor):
+        return values[-1]  # a torchmetrics object, the same one each time, holds all parts itself
+    stacked = torch.stack([v if v.is_floating_point() else v.float() for v in values])
+    name = getattr(reduce_fx, "__name__", reduce_fx)
+    if name == "mean":
+        weights = torch.tensor(sizes, dtype=stacked.dtype, device=stacked.device)
+        shape = [-1] + [1] * (stacked.ndim - 1)
+        return (stacked * (weights / weights.sum()).view(shape)).sum(0)
+    reducers: Mapping[Any, Callable[[Tensor], Tensor]] = {
+        "sum": lambda s: s.sum(0),
+        "max": lambda s: s.amax(0),
+        "min": lambda s: s.amin(0),
+    }
+    return reducers[name](stacked) if name in reducers else reduce_fx(stacked)
+
+
+class StepLog:
+    """Logs a fixed set of numbers, cheaply enough for every update.
+
+    ``LightningModule.log`` is called when a value is new to Lightning (at first, and after each epoch); in
+    between only the value that it keeps is exchanged.
+
+    Private: ``epoch_loop._results`` and its metrics' ``_forward_cache`` and ``has_reset`` (2.0 to 2.6).
+    """
+
+    def __init__(self, trainer: Trainer, fx: str) -> None:
+        self._trainer = trainer
+        self._fx = fx
+
+    def __call__(self, values: Mapping[str, float]) -> None:
+        """Log ``values`` for the step at hand."""
+        results = self._trainer.fit_loop.epoch_loop._results
+        for name, value in values.items():
+            metric = results.get(f"{self._fx}.{name}")
+            if metric is None or metric.has_reset:
+                self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+            else:
+                metric._forward_cache = metric.value = torch.tensor(value, dtype=torch.float32, device=metric.value.device)

@@ -1,0 +1,556 @@
+"""The callback that adapts the batch size while a Lightning Trainer trains."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from adaptive_batch.callbacks import _lightning
+from adaptive_batch.callbacks._books import EpochBooks, plain_epoch
+from adaptive_batch.callbacks._executor import UpdateExecutor, WeightFn
+from adaptive_batch.callbacks._lightning import CallbackBase, Patches
+from adaptive_batch.clocks import GainClock, PlainEpoch, SampleClock
+from adaptive_batch.controller import BatchSizeController, Decision, check_bounds
+from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
+from adaptive_batch.history import Change, History, Update
+from adaptive_batch.lr_scaling import LRScaling, gain, resolve_lr_scaling, scaled_lr
+from adaptive_batch.measurement import Measurement
+from adaptive_batch.noise.schedule import measures_noise
+from adaptive_batch.policies import Policy, resolve_policy
+from adaptive_batch.timing import Elapsed, Mark, mark
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["AdaptiveBatchSize"]
+
+_CLOCKS = ("samples", "gain", "updates")
+_REDUCTIONS = ("mean", "sum")
+_DATA_FRACTION = 10
+_UNKNOWN_LENGTH_GROWTH = 64
+
+
+class AdaptiveBatchSize(CallbackBase):
+    """Tunes the batch size during training, with the learning rate scaled to match.
+
+    It measures the noise of the gradients and the time of an update, lets a policy decide which batch size now
+    makes the most progress per second, resizes the running DataLoader (mid-epoch, its workers stay, each
+    sample is still seen exactly once), and scales the learning rate by the samples that each update really
+    has. Nothing else in the training code changes.
+
+    Args:
+        policy: ``"goodput"``, another name of :mod:`adaptive_batch.policies`, a policy object, or a function
+            ``measurement -> batch size``.
+        min_batch_size: smallest global batch size; ``None`` is the loader's own at the start, ``B0``.
+        max_batch_size: largest; ``None`` is a tenth of the data set, at least ``B0`` (64 ``B0`` for data
+            without a length).
+        lr_scaling: ``"auto"`` (by the optimizer), ``"none"``, ``"linear"``, ``"sqrt"``, ``"adascale"``,
+            ``"adamscale"``, or a rule of :mod:`adaptive_batch.lr_scaling`.
+        schedule_clock: what schedulers that step per update advance with: ``"samples"`` (so that a schedule
+            still ends with the run), ``"gain"`` (AdaScale's progress) or ``"updates"``.
+        micro_batch_size: most samples per forward/backward pass; ``"auto"`` and ``None`` set no bound.
+        adjust_every: updates between two decisions.
+        quantize: ``True`` or ``False`` forces or forbids quantised sizes and hysteresis; ``None`` goes by the policy.
+        loss_reduction: whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` over its samples.
+        weight_fn: ``(micro_batch, batch) -> weight`` of a part's loss, for a mean over something else.
+        batch_size_of: ``batch -> samples``, where the loader's count of samples is not the batch's.
+        history_size: updates kept in ``history``.
+        dry_run: measure and say what would be done, change nothing.
+        verbose: log each change and its reason.
+
+    Attributes:
+        history: the :class:`~adaptive_batch.history.History` of the run.
+
+    Raises:
+        ValueError: for an argument that is not one of the above.
+    """
+
+    def __init__(
+        self,
+        policy: str | Policy | Callable[[Measurement], float] = "goodput",
+        *,
+        min_batch_size: int | None = None,
+        max_batch_size: int | None = None,
+        lr_scaling: str | LRScaling = "auto",
+        schedule_clock: str = "samples",
+        micro_batch_size: int | str | None = "auto",
+        adjust_every: int = 10,
+        quantize: bool | None = None,
+        loss_reduction: str = "mean",
+        weight_fn: WeightFn | None = None,
+        batch_size_of: Callable[[Any], int] | None = None,
+        history_size: int = 10_000,
+        dry_run: bool = False,
+        verbose: bool = True,
+    ) -> None:
+        check_bounds(min_batch_size, max_batch_size)
+        _check_choice("schedule_clock", schedule_clock, _CLOCKS)
+        _check_choice("loss_reduction", loss_reduction, _REDUCTIONS)
+        _check_micro_batch_size(micro_batch_size)
+        if lr_scaling != "auto":
+            resolve_lr_scaling(lr_scaling)
+        self._policy = resolve_policy(policy)
+        self._lr_scaling = lr_scaling
+        self._bounds = (min_batch_size, max_batch_size)
+        self._clock_name = schedule_clock
+        self._micro_batch_size = micro_batch_size if isinstance(micro_batch_size, int) else None
+        self._loss_reduction = loss_reduction
+        self._weight_fn = weight_fn
+        self._batch_size_of = batch_size_of
+        self._dry_run = dry_run
+        self._verbose = verbose
+        self.history = History(history_size)
+        # "none" until the optimizer is known; the rule is not used before the first update.
+        self._controller = BatchSizeController(
+            self._policy,
+            lr_scaling="none" if lr_scaling == "auto" else lr_scaling,
+            adjust_every=adjust_every,
+            quantize=quantize,
+        )
+        self._patches = Patches()
+        self._restored: dict[str, Any] = {}
+        self._updates = 0
+        self._samples = 0
+        self._start_fit()
+
+    def _start_fit(self) -> None:
+        self._trainer: Trainer | None = None
+        self._sampler: AdaptiveBatchSampler | None = None
+        self._books: EpochBooks | None = None
+        self._clock: SampleClock | GainClock | None = None
+        self._window: list[Draw] = []
+        self._batches_popped = 0
+        self._position = 0
+        self._stepped = False
+        self._due: list[int] = []
+        self._update_mark: Mark | None = None
+        self._host_mark: float | None = None
+
+    @property
+    def batch_size(self) -> int | None:
+        """The global batch size in force, ``None`` before the first fit has a loader."""
+        return self._controller.batch_size
+
+    @property
+    def controller(self) -> BatchSizeController:
+        """What decides: its noise and step-time estimates can be read here."""
+        return self._controller
+
+    # Set-up
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what is not supported and take hold of the training loop."""
+        if str(getattr(stage, "value", stage)) != "fit":
+            return
+        _check_supported(trainer, pl_module)
+        self._patches.undo()
+        self._start_fit()
+        self._trainer = trainer
+        self._executor = UpdateExecutor(
+            trainer,
+            micro_batch_size=self._micro_batch_size,
+            loss_reduction=self._loss_reduction,
+            weight_fn=self._weight_fn,
+        )
+        self._log = _lightning.StepLog(trainer, "on_train_batch_end")
+        self._limit = trainer.limit_train_batches
+        _lightning.override_setup_data(self._patches, trainer, self._setup_data)
+        _lightning.override_train_loader(self._patches, trainer, self._adapt_loader)
+        _lightning.override_closure(self._patches, trainer, self._make_closure)
+        _lightning.override_optimizer_step(self._patches, trainer, self._optimizer_step)
+        if self._clock_name != "updates":
+            _lightning.override_scheduler_steps(self._patches, trainer, self._scheduler_indices)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pick the learning-rate rule, now that there is an optimizer."""
+        if len(trainer.optimizers) != 1:
+            raise ValueError(
+                f"AdaptiveBatchSize needs exactly one optimizer, but configure_optimizers returned {len(trainer.optimizers)}; "
+                "combine them into one with several parameter groups."
+            )
+        self._controller.lr_scaling = resolve_lr_scaling(self._lr_scaling, trainer.optimizers[0])
+
+    def _setup_data(self, original: Callable[[], None]) -> None:
+        """Lightning's set-up of the loader, for a loader that counts a fraction of an epoch by itself."""
+        assert self._trainer is not None
+        trainer, limit = self._trainer, self._limit
+        fraction = isinstance(limit, float) and 0 < limit < 1
+        trainer.limit_train_batches = 1.0 if fraction else limit
+        try:
+            original()
+        finally:
+            trainer.limit_train_batches = limit
+        if self._books is not None:
+            self._books.sync()
+
+    def _adapt_loader(self, loader: object) -> object:
+        """The user's training loader, made resizable."""
+        assert self._trainer is not None
+        trainer = self._trainer
+        if not isinstance(loader, DataLoader):
+            raise TypeError(
+                f"AdaptiveBatchSize can resize a torch DataLoader, but the training data is a {type(loader).__name__}; "
+                "wrap it in a DataLoader."
+            )
+        adaptive = make_adaptive(loader, rank=trainer.global_rank, world_size=trainer.world_size)
+        sampler = adaptive.batch_sampler
+        assert isinstance(sampler, AdaptiveBatchSampler)
+        accumulate = trainer.accumulate_grad_batches
+        plain = plain_epoch(
+            _length(sampler),
+            sampler.batch_size,
+            drop_last=sampler.drop_last,
+            world_size=trainer.world_size,
+            accumulate=accumulate,
+            limit=self._limit,
+        )
+        self._set_bounds(plain)
+        self._sampler = sampler
+        self._books = EpochBooks(trainer, plain, sampler, self._limit)
+        if self._clock is None:
+            self._clock = self._make_clock(plain)
+        if "sampler" in self._restored:
+            sampler.load_state_dict(self._restored.pop("sampler"))
+        if not self._dry_run and self.batch_size is not None:
+            sampler.batch_size = max(1, self.batch_size // accumulate)
+        return adaptive
+
+    def _make_clock(self, plain: PlainEpoch) -> SampleClock | GainClock:
+        assert self._trainer is not None
+        epochs = self._trainer.max_epochs
+        clock: SampleClock | GainClock
+        if self._clock_name == "gain":
+            known = plain.updates is not None and epochs is not None and epochs > 0
+            clock = GainClock(plain.updates * epochs if known else math.inf)  # type: ignore[operator]
+        else:
+            clock = SampleClock()
+        if "clock" in self._restored:
+            clock.load_state_dict(self._restored.pop("clock"))
+        return clock
+
+    def _set_bounds(self, plain: PlainEpoch) -> None:
+        controller = self._controller
+        if controller.reference_batch_size is None:
+            controller.reference_batch_size = plain.batch_size * plain.accumulate
+            controller.batch_size = controller.reference_batch_size
+        reference = controller.reference_batch_size
+        smallest, largest = self._bounds
+        if largest is None:
+            tenth = _UNKNOWN_LENGTH_GROWTH * reference if plain.samples is None else plain.samples // _DATA_FRACTION
+            largest = max(reference, smallest or 1, tenth)
+        elif smallest is None and largest < reference:
+            raise ValueError(
+                f"max_batch_size={largest} is below the batch size {reference} that training starts with; raise it, or "
+                "give the loader a smaller batch_size (and set min_batch_size to go below the start)."
+            )
+        controller.min_batch_size, controller.max_batch_size = smallest, largest
+        controller.multiple_of = plain.accumulate
+
+    # The loop
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the loop's books in order before the first batch is fetched."""
+        if self._books is None or self._sampler is None:
+            raise ValueError(
+                "AdaptiveBatchSize found no training DataLoader to resize; pass one DataLoader to fit, or return one from "
+                "train_dataloader."
+            )
+        self._books.sync()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A new epoch: positions start from zero."""
+        assert self._books is not None and self._clock is not None
+        self._batches_popped = self._position = 0
+        self._window.clear()
+        self._clock.start_epoch()
+        self._books.start_epoch()
+        self._interrupt_timing()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation's time is not an update's."""
+        self._interrupt_timing()
+
+    def _interrupt_timing(self) -> None:
+        self._update_mark = self._host_mark = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Learn how many samples the batch at hand really has."""
+        assert self._sampler is not None
+        draw = self._draw_of(trainer, batch)
+        now = _host_now()
+        waited = 0.0 if self._host_mark is None else now - self._host_mark
+        if self._update_mark is None:
+            self._update_mark = mark(trainer.strategy.root_device)
+        self._batch_started = now
+        if not self._window:
+            self._window_started = now - waited
+            self._executor.start_update(measure=self._measures())
+        self._window.append(draw)
+        self._executor.start_batch(self._local_samples(draw, batch), waited if _on_host(trainer) else 0.0)
+
+    def _draw_of(self, trainer: Trainer, batch: Any) -> Draw:
+        """The record of the batch at hand: batches of ``None`` are counted by the loop, but start no hook."""
+        assert self._sampler is not None
+        draws = self._sampler.draws
+        draw = None
+        while draws and self._batches_popped < _lightning.batches_started(trainer):
+            draw = draws.popleft()
+            self._batches_popped += 1
+        if draw is None:
+            raise RuntimeError("the training loader yielded a batch that its batch sampler did not draw.")
+        self._before, self._position = self._position, draw.position
+        return draw
+
+    def _local_samples(self, draw: Draw, batch: Any) -> int:
+        if self._batch_size_of is not None:
+            return self._batch_size_of(batch)
+        assert self._sampler is not None
+        return len(range(self._sampler.rank, draw.size, self._sampler.world_size))
+
+    def _measures(self) -> bool:
+        needs = self._controller.policy_needs if self._dry_run else self._controller.needs
+        return "noise" in needs and measures_noise(self._updates)
+
+    def _make_closure(self, original: Callable[..., Any], kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
+        if not self._active:
+            return original(kwargs, optimizer, batch_idx)
+        return self._executor.make_closure(original, kwargs, optimizer, batch_idx)
+
+    @property
+    def _active(self) -> bool:
+        """Not while a tuner has taken the callbacks away and runs the loop by itself."""
+        return self._trainer is not None and any(callback is self for callback in self._trainer.callbacks)
+
+    def _optimizer_step(self, original: Callable[..., None], batch_idx: int, closure: Callable[..., Any]) -> None:
+        assert self._trainer is not None
+        if not self._active:
+            original(batch_idx, closure)
+            return
+        self._stepped = True
+        self._counted = self._counted_samples(_lightning.epoch_ends(self._trainer))
+        self._lr = float(self._trainer.optimizers[0].param_groups[0].get("lr", math.nan))
+        self._factor = 1.0 if self._dry_run else self._controller.lr_factor(self._counted)
+        with scaled_lr(self._trainer.optimizers[0], self._factor):
+            original(batch_idx, closure)
+        plain = self._plain
+        worth = gain(self._counted, self._reference, self._controller.noise_scale)
+        if self._clock is not None:
+            last = _lightning.epoch_ends(self._trainer)
+            self._due = self._clock.advance(plain, self._position, worth, last=last)
+
+    @property
+    def _plain(self) -> PlainEpoch:
+        assert self._books is not None
+        return self._books.plain
+
+    @property
+    def _reference(self) -> int:
+        assert self._controller.reference_batch_size is not None
+        return self._controller.reference_batch_size
+
+    def _counted_samples(self, ends: bool) -> int:
+        """Samples that scale the learning rate: the update's own, except that an epoch's short tail does
+        not count for less than the user's own setting would have given it."""
+        actual = sum(draw.size for draw in self._window)
+        accumulate = self._plain.accumulate
+        tail = self._window[-1]
+        if ends and (len(self._window) < accumulate or tail.size < tail.nominal):
+            return max(actual, min(tail.nominal * accumulate, self._reference))
+        return actual
+
+    def _scheduler_indices(self, plateau: bool) -> Iterator[int]:
+        """Batch indices at which due scheduler steps would have been taken; see ``SampleClock``."""
+        assert self._trainer is not None
+        if not self._active:
+            return iter([_lightning.batches_started(self._trainer)])
+        return iter(self._due)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an update: record it, decide, resize."""
+        assert self._books is not None
+        last = _lightning.epoch_ends(trainer)
+        if self._stepped:
+            self._end_update(trainer, outputs, last)
+            self._stepped = False
+        self._books.end_batch(self._before, self._position, last=last)
+        if last and self._sampler is not None:
+            self._sampler.end_epoch()
+        self._host_mark = _host_now()
+
+    def _end_update(self, trainer: Trainer, outputs: Any, last: bool) -> None:
+        samples = sum(draw.size for draw in self._window)
+        nominal = self._window[-1].nominal * self._plain.accumulate
+        self._updates += 1
+        self._samples += samples
+        stop, started = mark(trainer.strategy.root_device), self._update_mark
+        self._update_mark = stop
+        measurement = Measurement(
+            update=self._updates,
+            epoch=trainer.current_epoch,
+            samples=self._samples,
+            batch_size=samples,
+            reference_batch_size=self._reference,
+            lr=self._lr,
+            loss=_loss(outputs) * self._plain.accumulate,
+            seconds=math.nan if started is None else Elapsed(started, stop),
+            part_sq_norms=self._executor.part_sq_norms,
+            part_sizes=self._executor.part_sizes,
+            pass_sizes=self._executor.pass_sizes,
+            pass_seconds=self._executor.pass_seconds,
+            sq_norm=self._executor.sq_norm,
+        )
+        seconds = _host_now() - self._window_started
+        self._window.clear()
+        decision = self._controller.observe(measurement)
+        if decision is not None:
+            self._apply(trainer, decision)
+        self._note(trainer)
+        self._record(trainer, samples, nominal, seconds)
+
+    def _apply(self, trainer: Trainer, decision: Decision) -> None:
+        assert self._sampler is not None and self._books is not None
+        if self._dry_run:
+            self._controller.batch_size = decision.previous
+            if self.history.changes and self.history.changes[-1].batch_size == decision.batch_size:
+                return  # said before
+        else:
+            self._sampler.batch_size = decision.batch_size // self._plain.accumulate
+            self._books.sync()
+        self.history.changes.append(self._change(trainer, decision.batch_size, decision.previous, decision.reason))
+        self._say(trainer, ("batch size would change, " if self._dry_run else "batch size ") + decision.reason)
+
+    def _note(self, trainer: Trainer) -> None:
+        note = self._controller.note
+        if note is None or (self.history.notes and self.history.notes[-1].reason == note):
+            return
+        size = self._controller.batch_size or self._reference
+        self.history.notes.append(self._change(trainer, size, size, note))
+        self._say(trainer, f"batch size {note}")
+
+    def _say(self, trainer: Trainer, sentence: str) -> None:
+        if self._verbose and trainer.is_global_zero:
+            _lightning.logger_of(trainer).info(sentence)
+
+    def _change(self, trainer: Trainer, size: int, previous: int, reason: str) -> Change:
+        return Change(self._updates, trainer.current_epoch, self._samples, size, previous, reason)
+
+    def _record(self, trainer: Trainer, samples: int, nominal: int, seconds: float) -> None:
+        noise = self._controller.noise
+        update = Update(
+            step=self._updates,
+            epoch=trainer.current_epoch,
+            samples=self._samples,
+            batch_size=samples,
+            micro_batch_size=self._executor.micro_batch_size,
+            lr_scale=self._factor,
+            noise_scale=self._controller.noise_scale,
+            throughput=samples / seconds,
+            seconds=seconds,
+        )
+        self.history.add(update)
+        values = {
+            "batch_size": float(nominal),  # an epoch's short tail is in the history, not in the curve
+            "micro_batch_size": float(update.micro_batch_size),
+            "noise_scale": noise.noise_scale,
+            "grad_sq_norm": noise.grad_sq_norm,
+            "grad_variance": noise.grad_variance,
+            "lr_scale": update.lr_scale,
+            "throughput": update.throughput,
+            "samples": float(self._samples),
+        }
+        self._log({f"adaptive_batch/{name}": value for name, value in values.items()})
+
+    # The end, however it comes
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lightning calls no ``teardown`` after an exception."""
+        self._patches.undo()
+        self.history.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the loop back as it was."""
+        self._patches.undo()
+        self.history.close()
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, controller, sampler, clock and history, as plain numbers and tensors."""
+        state: dict[str, Any] = {
+            "updates": self._updates,
+            "samples": self._samples,
+            "position": self._position,
+            "controller": self._controller.state_dict(),
+            "history": self.history.state_dict(),
+        }
+        if self._sampler is not None:
+            state["sampler"] = self._sampler.state_dict()
+        if self._clock is not None:
+            state["clock"] = self._clock.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave; the sampler's part waits for the loader."""
+        self._controller.load_state_dict(state_dict["controller"])
+        self.history.load_state_dict(state_dict["history"])
+        self._updates, self._samples = state_dict["updates"], state_dict["samples"]
+        self._position = state_dict["position"]
+        self._restored = {key: state_dict[key] for key in ("sampler", "clock") if key in state_dict}
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+
+
+def _check_micro_batch_size(value: int | str | None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (value is None or value == "auto" or (whole and value >= 1)):  # type: ignore[operator]
+        raise ValueError(f'micro_batch_size={value!r} must be a positive number of samples, "auto" or None.')
+
+
+def _check_supported(trainer: Trainer, pl_module: LightningModule) -> None:
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            "AdaptiveBatchSize needs automatic optimization, but this LightningModule sets automatic_optimization=False; "
+            "remove that, or use the core BatchSizeController in your own training_step."
+        )
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        raise ValueError(
+            "AdaptiveBatchSize cannot follow a training_step that takes dataloader_iter; let it take a batch instead."
+        )
+    if trainer.strategy.handles_gradient_accumulation:
+        raise ValueError(
+            f"AdaptiveBatchSize cannot work with {type(trainer.strategy).__name__}, which accumulates gradients by itself; "
+            "use another strategy."
+        )
+
+
+def _length(sampler: AdaptiveBatchSampler) -> int | None:
+    try:
+        return len(sampler.sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _loss(outputs: Any) -> Tensor | float:
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return loss if isinstance(loss, Tensor) else math.nan
+
+
+def _on_host(trainer: Trainer) -> bool:
+    return trainer.strategy.root_device.type == "cpu"
+
+
+def _host_now() -> float:
+    now = mark(torch.device("cpu"))
+    assert isinstance(now, float)
+    return now

@@ -1,0 +1,581 @@
+"""Estimates of the gradient noise scale against closed forms and exact per-example gradients."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from reference import (
+    decayed_average,
+    delete_one_covariance,
+    exact_noise,
+    flat_gradient,
+    part_norms,
+    per_example_gradients,
+    superpopulation_sq_norm,
+)
+from sklearn.datasets import load_digits
+from torch import nn
+
+from adaptive_batch.noise import (
+    GradientNoiseScale,
+    effective_count,
+    fieller_interval,
+    harmonic_mean,
+    jackknife_covariance,
+    student_t_quantile,
+    two_batch_estimate,
+)
+
+Array = NDArray[np.float64]
+Norms = tuple[Array, Array]
+"""``[R, n]`` squared norms of the parts and ``[R]`` of the whole, of ``R`` updates."""
+
+EIGHTS = [8] * 8
+FOREVER = 1e12  # a memory of so many samples weighs all measurements alike
+
+
+class Regression:
+    """``y = x.w* + e``, ``x ~ N(0, diag(h))``, loss ``r^2 / 2``, at ``delta`` from the optimum."""
+
+    d = 20
+    h = np.linspace(0.2, 2.0, d)
+    delta = np.linspace(0.6, 0.1, d)
+    noise = 1.0
+    grad_sq_norm = float(((h * delta) ** 2).sum())
+    grad_variance = float(grad_sq_norm + ((h * delta**2).sum() + noise) * h.sum())
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, updates: int, sizes: Sequence[int]) -> Norms:
+        batches = []
+        for start in range(0, updates, 1000):  # in slices that fit into the cache
+            shape = (min(1000, updates - start), sum(sizes))
+            x = rng.standard_normal((*shape, cls.d)) * np.sqrt(cls.h)
+            residual = x @ cls.delta - rng.standard_normal(shape) * math.sqrt(cls.noise)
+            batches.append(norms_of(x * residual[..., None], sizes))
+        return np.concatenate([b[0] for b in batches]), np.concatenate([b[1] for b in batches])
+
+
+class NoisyQuadratic:
+    """``sum h theta^2 / 2`` with gradient noise ``N(0, diag(c))`` per sample."""
+
+    d = 20
+    h = np.linspace(0.1, 2.0, d)
+    c = np.linspace(0.2, 6.0, d)
+    theta = 0.3
+    grad_sq_norm = float(((h * theta) ** 2).sum())
+    grad_variance = float(c.sum())
+
+    @classmethod
+    def draw(
+        cls, rng: np.random.Generator, updates: int, sizes: Sequence[int], theta: float = theta
+    ) -> Norms:
+        b = np.array(sizes, dtype=float)[:, None]
+        parts = cls.h * theta + rng.standard_normal((updates, len(b), cls.d)) * np.sqrt(cls.c / b)
+        whole = (parts * b).sum(1) / b.sum()
+        return (parts**2).sum(-1), (whole**2).sum(-1)
+
+
+Problem = type[Regression] | type[NoisyQuadratic]
+
+
+def norms_of(gradients: Array, sizes: Sequence[int]) -> Norms:
+    """Norms from per-example gradients ``[R, B, d]``."""
+    starts = np.cumsum([0, *sizes[:-1]])
+    sums = np.add.reduceat(gradients, starts, axis=1)
+    parts, whole = sums / np.array(sizes)[:, None], sums.sum(1) / sum(sizes)
+    return (parts**2).sum(-1), (whole**2).sum(-1)
+
+
+def estimates(norms: Norms, sizes: Sequence[int]) -> Array:
+    """``[R, 2]``: each update's own estimates."""
+    parts, whole = norms[0].tolist(), norms[1].tolist()
+    return np.array([two_batch_estimate(p, sizes, w) for p, w in zip(parts, whole, strict=True)])
+
+
+def feed(scale: GradientNoiseScale, norms: Norms, sizes: Sequence[int]) -> GradientNoiseScale:
+    for parts, whole in zip(norms[0].tolist(), norms[1].tolist(), strict=True):
+        scale.update(parts, sizes, whole)
+    return scale
+
+
+def standard_errors_off(values: Array, truth: float) -> float:
+    return float(abs(values.mean() - truth) / (values.std(ddof=1) / math.sqrt(len(values))))
+
+
+# -------------------------------------------------------------------------------------------- single updates
+
+
+@pytest.mark.parametrize("problem", [Regression, NoisyQuadratic])
+@pytest.mark.parametrize("sizes", [EIGHTS, [5, 3, 1], [1] * 8, [32, 1]], ids=str)
+def test_estimates_are_unbiased_for_any_part_sizes(problem: Problem, sizes: list[int]) -> None:
+    values = estimates(problem.draw(np.random.default_rng(1), 8_000, sizes), sizes)
+    assert standard_errors_off(values[:, 0], problem.grad_sq_norm) < 3
+    assert standard_errors_off(values[:, 1], problem.grad_variance) < 3
+
+
+def test_mean_size_in_place_of_the_harmonic_mean_overestimates_the_variance_by_80_percent() -> None:
+    norms = Regression.draw(np.random.default_rng(2), 8_000, [5, 3, 1])
+    wrong = estimates(norms, [3, 3, 3])[:, 1]
+    factor = (1 / harmonic_mean([5, 3, 1]) - 1 / 9) / (1 / 3 - 1 / 9)
+    assert factor == pytest.approx(1.8)
+    assert standard_errors_off(wrong, factor * Regression.grad_variance) < 3
+    assert standard_errors_off(wrong, Regression.grad_variance) > 20
+
+
+def test_two_equal_parts_by_hand() -> None:
+    assert two_batch_estimate([3.0, 3.0], [4, 4], 2.0) == pytest.approx((1.0, 8.0))
+    assert two_batch_estimate([3.0, 3.0], [4, 4], 1.0) == pytest.approx((-1.0, 16.0))  # unclamped
+
+
+def test_lists_arrays_and_tensors_give_the_same_estimate() -> None:
+    expected = two_batch_estimate([3.0, 2.0, 4.0], [4, 2, 1], 2.0)
+    norms = [3.0, 2.0, 4.0]
+    assert two_batch_estimate(np.array(norms), np.array([4, 2, 1]), np.float64(2)) == expected
+    assert two_batch_estimate(torch.tensor(norms), torch.tensor([4, 2, 1]), torch.tensor(2.0)) == expected
+    assert two_batch_estimate([torch.tensor(n) for n in norms], (4, 2, 1), 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("norms", "sizes", "whole"),
+    [
+        ([3.0], [4], 3.0),
+        ([], [], math.nan),
+        ([3.0, math.inf], [4, 4], 2.0),
+        ([3.0, math.nan], [4, 4], 2.0),
+        ([3.0, 3.0], [4, 4], math.nan),
+        ([3.0, 3.0], [4, 4], math.inf),
+    ],
+)
+def test_updates_that_say_nothing_are_nan_and_skipped(
+    norms: list[float], sizes: list[int], whole: float
+) -> None:
+    assert all(map(math.isnan, two_batch_estimate(norms, sizes, whole)))
+    scale = GradientNoiseScale()
+    scale.update([3.0, 3.0], [4, 4], 2.0)
+    before = scale.grad_sq_norm, scale.grad_variance
+    scale.update(norms, sizes, whole)
+    assert (scale.grad_sq_norm, scale.grad_variance) == before
+    assert (scale.measurements, scale.skipped) == (1, 1)
+
+
+def test_without_replacement_the_superpopulation_is_estimated() -> None:
+    rng = np.random.default_rng(3)
+    population = rng.standard_normal((100, 20)) * 1.7 + 0.3
+    drawn = np.stack([rng.choice(100, 16, replace=False) for _ in range(8_000)])
+    values = estimates(norms_of(population[drawn], [4] * 4), [4] * 4)
+    sq_norm, variance = exact_noise(population)
+    assert standard_errors_off(values[:, 1], variance) < 3
+    assert standard_errors_off(values[:, 0], superpopulation_sq_norm(population)) < 3
+    assert standard_errors_off(values[:, 0], sq_norm) > 10
+
+
+# -------------------------------------------------------------------------------------------------- averages
+
+
+def test_first_update_is_its_own_average() -> None:
+    scale = GradientNoiseScale(memory=1e6)
+    assert math.isnan(scale.grad_sq_norm) and math.isnan(scale.grad_variance)
+    scale.update([3.0, 3.0], [4, 4], 2.0)
+    assert scale.grad_sq_norm == pytest.approx(1.0, rel=1e-12)
+    assert scale.grad_variance == pytest.approx(8.0, rel=1e-12)
+
+
+def test_averages_equal_the_slow_sum_over_all_updates_after_resizes_and_joined_blocks() -> None:
+    rng = np.random.default_rng(4)
+    scale, memory, history = GradientNoiseScale(memory=3_000), 3_000, []
+    for updates, sizes in [(120, [5, 3, 1]), (60, [32] * 8), (120, [8] * 4)]:
+        norms = NoisyQuadratic.draw(rng, updates, sizes)
+        feed(scale, norms, sizes)
+        history += [(g, s, sum(sizes)) for g, s in estimates(norms, sizes)]
+    sq_norms, variances, samples = zip(*history, strict=True)
+    assert scale.grad_sq_norm == pytest.approx(decayed_average(sq_norms, samples, memory), rel=1e-10)
+    assert scale.grad_variance == pytest.approx(decayed_average(variances, samples, memory), rel=1e-10)
+
+
+@pytest.mark.parametrize("size", [8, 64, 512])
+def test_memory_is_counted_in_samples_whatever_the_batch_size(size: int) -> None:
+    scale = GradientNoiseScale(memory=4096)
+    for _ in range(40 * 4096 // 64):
+        scale.update([3.0, 3.0], [32, 32], 2.0)  # |G|^2 = 1
+    for _ in range(4096 // size):
+        scale.update([4.0, 4.0], [size // 2, size // 2], 3.0)  # |G|^2 = 2
+    assert scale.grad_sq_norm == pytest.approx(2 - math.exp(-1), rel=1e-9)
+
+
+def test_an_eightfold_batch_weighs_eightfold() -> None:
+    scale = GradientNoiseScale(memory=FOREVER)
+    scale.update([3.0, 3.0], [4, 4], 2.0)  # |G|^2 = 1
+    scale.update([12.0, 12.0], [32, 32], 11.0)  # |G|^2 = 10
+    assert scale.grad_sq_norm == pytest.approx((1 + 8 * 10) / 9, rel=1e-3)
+
+
+def test_noise_scale_is_the_ratio_of_averages_and_not_the_average_of_ratios() -> None:
+    sizes = [16] * 8
+    norms = Regression.draw(np.random.default_rng(5), 8_000, sizes)
+    truth = Regression.grad_variance / Regression.grad_sq_norm
+    values = estimates(norms, sizes)
+    scale = feed(GradientNoiseScale(memory=FOREVER), norms, sizes)
+    assert scale.noise_scale == pytest.approx(truth, rel=0.01)
+    assert (values[:, 1] / values[:, 0]).mean() > 1.03 * truth
+
+
+def test_memory_may_be_changed_between_updates() -> None:
+    scale = GradientNoiseScale(memory=FOREVER)
+    scale.update([3.0, 3.0], [4, 4], 2.0)
+    scale.memory = 8
+    scale.update([4.0, 4.0], [4, 4], 3.0)
+    assert scale.grad_sq_norm == pytest.approx(2.0)  # the first one's weight, 8 / FOREVER, is next to nothing
+
+
+def test_memory_and_state_stay_bounded_in_a_long_run() -> None:
+    scale = GradientNoiseScale(memory=20_000)
+    norms = NoisyQuadratic.draw(np.random.default_rng(6), 10_000, [8, 8])
+    feed(scale, norms, [8, 8])
+    blocks = scale.state_dict()["blocks"]
+    assert len(blocks) == 64 and scale.measurements == 10_000
+    # Even weights: next to nothing of the 64 blocks' evidence about the spread is lost.
+    assert effective_count(np.array(blocks)[:, 0]) > 45
+
+
+def test_an_update_much_larger_than_the_memory_leaves_only_itself() -> None:
+    scale = GradientNoiseScale(memory=1)
+    for k in range(100):
+        scale.update([3.0 + k, 3.0 + k], [4000, 4000], 2.0 + k)
+    assert scale.grad_sq_norm == pytest.approx(100.0)
+    assert math.isnan(scale.noise_scale) and all(map(math.isnan, scale.interval()))
+
+
+def test_reset_forgets_everything_but_the_memory() -> None:
+    scale = feed(
+        GradientNoiseScale(memory=500), NoisyQuadratic.draw(np.random.default_rng(7), 9, [8, 8]), [8, 8]
+    )
+    scale.update([1.0], [4], 1.0)
+    scale.reset()
+    assert scale.state_dict() == GradientNoiseScale(memory=500).state_dict()
+
+
+# ----------------------------------------------------------------------------------------- identified or not
+
+
+def test_fewer_than_eight_measurements_identify_nothing() -> None:
+    scale = GradientNoiseScale()
+    for count in range(1, 9):
+        scale.update([3.0, 3.0], [4, 4], 2.0)
+        assert scale.identified == (count == 8)
+        assert math.isnan(scale.interval()[0]) == (count < 8)
+    assert scale.noise_scale == pytest.approx(8.0)
+    assert scale.interval() == pytest.approx((8.0, 8.0))
+
+
+def test_negative_sq_norm_stays_visible_and_is_no_noise_scale() -> None:
+    scale = GradientNoiseScale(memory=FOREVER)
+    feed(scale, NoisyQuadratic.draw(np.random.default_rng(9), 40, EIGHTS, theta=0.0), EIGHTS)
+    assert scale.grad_sq_norm < 0
+    assert math.isnan(scale.noise_scale) and not scale.identified
+    low, high = scale.interval()
+    assert low > 10 and high == math.inf  # the data do exclude a small noise scale
+
+    certainly_negative = GradientNoiseScale()
+    for _ in range(100):
+        certainly_negative.update([3.0, 3.0], [4, 4], 1.0)
+    assert certainly_negative.grad_sq_norm == pytest.approx(-1.0)
+    assert math.isnan(certainly_negative.noise_scale)
+    assert certainly_negative.interval() == (math.inf, math.inf)
+
+
+def test_all_gradients_zero_is_not_identified() -> None:
+    scale = GradientNoiseScale()
+    for _ in range(20):
+        scale.update([0.0, 0.0], [4, 4], 0.0)
+    assert math.isnan(scale.noise_scale)
+    assert (scale.grad_sq_norm, scale.grad_variance) == (0.0, 0.0)
+    assert scale.interval() == (0.0, math.inf)
+
+
+def test_no_gradient_is_rarely_taken_for_one_however_often_it_is_looked_at() -> None:
+    rng, found, runs = np.random.default_rng(9), 0, 100
+    for _ in range(runs):
+        scale = GradientNoiseScale(memory=64 * 100)
+        identified = False
+        for _ in range(30):
+            feed(scale, NoisyQuadratic.draw(rng, 10, EIGHTS, theta=0.0), EIGHTS)
+            identified |= scale.identified
+        found += identified
+    assert found / runs <= 0.08
+
+
+# ------------------------------------------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize(
+    ("problem", "updates", "sizes", "memory"),
+    [
+        pytest.param(Regression, 64, EIGHTS, FOREVER, id="regression-64-measurements"),
+        pytest.param(NoisyQuadratic, 64, EIGHTS, FOREVER, id="quadratic-64-measurements"),
+        pytest.param(NoisyQuadratic, 64, EIGHTS, 16 * 64, id="quadratic-memory-of-16-measurements"),
+        pytest.param(NoisyQuadratic, 64, [5, 3, 1], FOREVER, id="quadratic-uneven-parts"),
+        pytest.param(NoisyQuadratic, 100, EIGHTS, 60 * 64, id="quadratic-joined-blocks"),
+    ],
+)
+def test_95_percent_interval_covers_the_truth_93_to_97_times_in_100(
+    problem: Problem, updates: int, sizes: list[int], memory: float
+) -> None:
+    assert 0.93 <= coverage(problem, [(updates, sizes)], memory, runs=1_000) <= 0.97
+
+
+def test_interval_covers_across_a_resize() -> None:
+    plan = [(60, [8] * 4), (30, [32] * 8)]
+    assert 0.93 <= coverage(NoisyQuadratic, plan, memory=20_000, runs=1_000) <= 0.97
+
+
+def coverage(
+    problem: Problem, plan: list[tuple[int, list[int]]], memory: float, runs: int, seed: int = 10
+) -> float:
+    """Share of ``runs`` whose 95 % interval contains the noise scale; ``plan``: updates and their parts."""
+    rng = np.random.default_rng(seed)
+    truth = problem.grad_variance / problem.grad_sq_norm
+    covered = 0
+    for _ in range(runs):
+        scale = GradientNoiseScale(memory=memory)
+        for updates, sizes in plan:
+            feed(scale, problem.draw(rng, updates, sizes), sizes)
+        low, high = scale.interval(0.95)
+        covered += low <= truth <= high
+    return covered / runs
+
+
+def test_more_confidence_is_a_wider_interval() -> None:
+    norms = NoisyQuadratic.draw(np.random.default_rng(11), 64, EIGHTS)
+    scale = feed(GradientNoiseScale(), norms, EIGHTS)
+    (low50, high50), (low95, high95) = scale.interval(0.5), scale.interval(0.95)
+    assert low95 < low50 < scale.noise_scale < high50 < high95
+
+
+@pytest.mark.parametrize(
+    ("dof", "confidence", "table"),
+    [
+        (1, 0.95, 12.7062),
+        (2, 0.95, 4.3027),
+        (7, 0.95, 2.3646),
+        (10, 0.95, 2.2281),
+        (30, 0.95, 2.0423),
+        (63, 0.95, 1.9983),
+        (1, 0.5, 1.0),
+        (2, 0.99, 9.9248),
+        (5, 0.99, 4.0321),
+        (63, 0.99, 2.6561),
+        (10, 0.999, 4.5869),
+        (1e6, 0.95, 1.95997),
+    ],
+)
+def test_t_quantile_agrees_with_printed_tables(dof: float, confidence: float, table: float) -> None:
+    assert student_t_quantile(confidence, dof) == pytest.approx(table, abs=5.1e-5)
+
+
+def test_jackknife_of_equal_weights_is_the_textbook_one() -> None:
+    rows = np.random.default_rng(12).standard_normal((12, 2))
+    ours = jackknife_covariance(rows, np.full(12, 0.3))
+    np.testing.assert_allclose(ours, delete_one_covariance(rows), rtol=1e-12)
+
+
+def test_jackknife_is_unbiased_when_variance_is_inverse_to_weight() -> None:
+    rng, weights = np.random.default_rng(13), np.array([1.0, 2, 4, 8, 16, 32])
+    rows = rng.standard_normal((20_000, 6, 1)) / np.sqrt(weights)[:, None]
+    values = np.array([jackknife_covariance(r, weights)[0, 0] for r in rows])
+    assert standard_errors_off(values, 1 / weights.sum()) < 3
+
+
+def test_effective_count_is_the_count_only_of_equal_weights() -> None:
+    assert effective_count(np.full(7, 0.2)) == pytest.approx(7)
+    assert effective_count(np.array([1.0, 1e-9, 1e-9])) == pytest.approx(1)
+
+
+def test_fieller_ends_are_where_the_ratio_is_t_standard_errors_off() -> None:
+    means, covariance, t = np.array([60.0, 2.5]), np.array([[4.0, -0.3], [-0.3, 0.1]]), 2.0
+    low, high = fieller_interval(means, covariance, t)
+    for ratio in (low, high):
+        direction = np.array([1.0, -ratio])
+        assert abs(direction @ means) == pytest.approx(t * math.sqrt(direction @ covariance @ direction))
+    assert low < 24 < high < math.inf
+
+
+def test_fieller_has_no_upper_end_when_the_denominator_may_be_zero() -> None:
+    low, high = fieller_interval(np.array([60.0, 0.1]), np.diag([4.0, 0.25]), 2.0)
+    assert high == math.inf
+    assert 60 - 0.1 * low == pytest.approx(2 * math.sqrt(4 + 0.25 * low**2))
+
+
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        pytest.param((0.1, 0.1), (0.0, math.inf), id="both-near-0"),
+        pytest.param((-60.0, 0.1), (0.0, math.inf), id="numerator-negative"),
+        pytest.param((60.0, -5.0), (math.inf, math.inf), id="denominator-negative"),
+        pytest.param((-60.0, 5.0), (0.0, 0.0), id="ratio-negative"),
+    ],
+)
+def test_fieller_keeps_to_ratios_that_can_be(
+    means: tuple[float, float], expected: tuple[float, float]
+) -> None:
+    # With these variances and t = 2, zero is excluded for a numerator beyond 4 and a denominator beyond 1.
+    assert fieller_interval(np.array(means), np.diag([4.0, 0.25]), 2.0) == expected
+
+
+# -------------------------------------------------------------------------------------------- a real network
+
+
+def trained_digits_model() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A small classifier on the 1797 digits after 300 steps of SGD, from then on frozen."""
+    digits = load_digits()
+    x, y = torch.tensor(digits.data) / 16, torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(300):
+        batch = torch.randint(len(x), (64,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+    return model, x, y
+
+
+def gram_norms(gram: Array, drawn: NDArray[np.int64], parts: int) -> Norms:
+    """Norms of the parts' and the whole's mean gradients from all inner products ``[N, N]``."""
+    size = drawn.shape[1] // parts
+    part_norms, whole_norms = [], []
+    for rows in np.array_split(drawn, max(1, len(drawn) // 200)):
+        block = gram[rows[:, :, None], rows[:, None, :]].reshape(len(rows), parts, size, parts, size)
+        sums = block.sum((2, 4))
+        part_norms.append(np.diagonal(sums, axis1=1, axis2=2) / size**2)
+        whole_norms.append(sums.sum((1, 2)) / (parts * size) ** 2)
+    return np.concatenate(part_norms), np.concatenate(whole_norms)
+
+
+def test_digits_network_agrees_with_all_1797_per_example_gradients() -> None:
+    model, x, y = trained_digits_model()
+    gradients = per_example_gradients(model, nn.functional.cross_entropy, x, y)
+    sq_norm, variance = exact_noise(gradients)
+    predicted = superpopulation_sq_norm(gradients)
+    rng = np.random.default_rng(14)
+    drawn = np.stack([rng.choice(len(x), 64, replace=False) for _ in range(10_000)])
+    norms = gram_norms(gradients @ gradients.T, drawn, parts=8)
+
+    # What backward passes over the parts give is what these norms are.
+    parts = [
+        flat_gradient(model, nn.functional.cross_entropy(model(x[i]), y[i])) for i in drawn[0].reshape(8, 8)
+    ]
+    np.testing.assert_allclose([(g**2).sum() for g in parts], norms[0][0], rtol=1e-9)
+    assert part_norms([gradients[i] for i in drawn[0].reshape(8, 8)])[2] == pytest.approx(norms[1][0])
+
+    values = estimates(norms, EIGHTS)
+    assert standard_errors_off(values[:, 1], variance) < 3
+    assert standard_errors_off(values[:, 0], predicted) < 3
+    assert standard_errors_off(values[:, 0], sq_norm) > 3
+    assert 0.2 < (values[:, 0] < 0).mean() < 0.6  # single updates say next to nothing
+
+    scale = feed(GradientNoiseScale(memory=FOREVER), norms, EIGHTS)
+    low, high = scale.interval()
+    assert low <= variance / predicted <= high
+    assert scale.noise_scale == pytest.approx(variance / predicted, rel=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------- state
+
+
+def test_state_survives_a_checkpoint_and_continues_like_the_uninterrupted_run() -> None:
+    sizes = [5, 3, 1]
+    norms = NoisyQuadratic.draw(np.random.default_rng(15), 200, sizes)
+    first, second = (norms[0][:90], norms[1][:90]), (norms[0][90:], norms[1][90:])
+    uninterrupted = feed(GradientNoiseScale(memory=700), norms, sizes)
+
+    file = io.BytesIO()
+    interrupted = feed(GradientNoiseScale(memory=700), first, sizes)
+    torch.save(interrupted.state_dict(), file)
+    file.seek(0)
+    resumed = GradientNoiseScale()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.state_dict() == interrupted.state_dict() != uninterrupted.state_dict()
+    feed(resumed, second, sizes)
+    assert resumed.state_dict() == uninterrupted.state_dict()
+    assert resumed.interval() == uninterrupted.interval()
+
+
+def test_state_of_an_unused_scale_can_be_loaded() -> None:
+    scale = GradientNoiseScale()
+    scale.load_state_dict(GradientNoiseScale(memory=5).state_dict())
+    assert scale.memory == 5 and scale.measurements == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("memory", 0.0),
+        ("memory", "long"),
+        ("blocks", [[1.0, 2.0]]),
+        ("blocks", [[1.0, 2.0, math.nan]]),
+        ("blocks", [[0.0, 2.0, 3.0]]),
+        ("blocks", [[1.0, 2.0, 3.0]] * 65),
+        ("blocks", [1.0, 2.0, 3.0]),
+        ("blocks", "none"),
+        ("blocks", None),
+        ("blocks", []),
+        ("measurements", -1),
+        ("measurements", 1),
+        ("measurements", 2.5),
+        ("measurements", True),
+        ("skipped", None),
+        ("surplus", 1),
+    ],
+)
+def test_malformed_state_is_refused_and_changes_nothing(key: str, value: object) -> None:
+    scale = feed(GradientNoiseScale(), NoisyQuadratic.draw(np.random.default_rng(16), 3, [8, 8]), [8, 8])
+    before = scale.state_dict()
+    good = feed(
+        GradientNoiseScale(memory=77), NoisyQuadratic.draw(np.random.default_rng(17), 5, [8, 8]), [8, 8]
+    )
+    with pytest.raises(ValueError, match=r"pass|load what state_dict\(\) returned"):
+        scale.load_state_dict({**good.state_dict(), key: value})
+    assert scale.state_dict() == before
+
+
+@pytest.mark.parametrize("key", ["memory", "blocks", "measurements", "skipped"])
+def test_state_without_one_of_its_parts_is_refused(key: str) -> None:
+    state = GradientNoiseScale().state_dict()
+    del state[key]
+    with pytest.raises(ValueError, match="not \\["):
+        GradientNoiseScale().load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+
+def test_sizes_and_norms_must_go_together() -> None:
+    scale = GradientNoiseScale()
+    with pytest.raises(ValueError, match="3 squared norms do not go with 2 part sizes"):
+        scale.update([1.0, 2.0, 3.0], [4, 4], 1.0)
+    with pytest.raises(ValueError, match=r"a part of 0\.0 samples"):
+        scale.update([1.0, 2.0], [4, 0], 1.0)
+    assert scale.measurements == scale.skipped == 0
+
+
+@pytest.mark.parametrize("memory", [0, -5, math.inf, math.nan, "100", None, True])
+def test_memory_must_be_a_positive_number(memory: object) -> None:
+    with pytest.raises(ValueError, match="not a positive number of samples"):
+        GradientNoiseScale(memory=memory)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("confidence", [0, 1, 95, math.nan])
+def test_confidence_must_be_a_probability(confidence: float) -> None:
+    with pytest.raises(ValueError, match=f"confidence={confidence} is not a probability"):
+        GradientNoiseScale().interval(confidence)
+
+
+def test_degrees_of_freedom_must_be_at_least_one() -> None:
+    with pytest.raises(ValueError, match=r"dof=0\.5"):
+        student_t_quantile(0.95, 0.5)
