@@ -283,7 +283,9 @@ class BatchSizeController:
                 f"less than {MIN_PROMISE:+.0%}{self._cost_in_words(m, size)}",
             )
         if not goodput(size, doubtful) >= goodput(m.batch_size, doubtful):
-            return _Stay("interval", f"the noise scale's interval {_interval(m)} does not rule out a loss at {size}")
+            return _Stay(
+                "interval", f"the noise scale's interval {_interval(m)} does not rule out a loss at {size}"
+            )
         return None
 
     def _cost_in_words(self, m: Measurement, size: int) -> str:
@@ -383,7 +385,9 @@ def check_bounds(min_batch_size: int | None, max_batch_size: int | None) -> None
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name}={value!r} must be a positive whole number of samples, or None.")
     if min_batch_size is not None and max_batch_size is not None and min_batch_size > max_batch_size:
-        raise ValueError(f"min_batch_size={min_batch_size} is above max_batch_size={max_batch_size}; swap or widen them.")
+        raise ValueError(
+            f"min_batch_size={min_batch_size} is above max_batch_size={max_batch_size}; swap or widen them."
+        )
 
 
 def _plain(m: Measurement) -> dict[str, Any]:

@@ -200,8 +200,8 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         self.batch_size = loaded["batch_size"]
         self._epoch = None
         self._resume = loaded if loaded["order"] is not None else None
-        self.draws.clear()
-        self._queued = self._delivered = self._arrived = 0
+        self._notice_consumer()
+        self._reset_counts()
         if self._resume is None:
             _set_generator(self._source(), loaded["generator"])
 
@@ -210,7 +210,7 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         return self.sampler
 
     def _open(self) -> _Indices | _UserBatches:
-        return _Indices(iter(self.sampler))
+        return _Indices(self)
 
     def _total(self) -> int | None:
         """Samples of a whole epoch."""
@@ -223,16 +223,14 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
     def _settled(self) -> tuple[int, int]:
         """Batches and samples of the epoch that are settled: drawn, or to be drawn again in a known size."""
         if self._resume is not None:
-            batches, samples, replay = (
-                _count(self._resume["sizes"]),
-                self._resume["consumed"],
-                self._resume["in_flight"],
-            )
+            batches, samples = _count(self._resume["sizes"]), self._resume["consumed"]
+            replay = [size for size, _ in self._resume["in_flight"]]
         elif self._epoch is not None:
-            batches, samples, replay = self._epoch.batches, self._epoch.position, self._epoch.replay
+            batches, samples = self._epoch.batches, self._epoch.position
+            replay = [draw.size for draw in self._epoch.replay]
         else:
-            batches, samples, replay = 0, 0, ()
-        return batches + len(replay), samples + sum(draw[0] for draw in replay)
+            return 0, 0
+        return batches + len(replay), samples + sum(replay)
 
     def _unconsumed(self) -> list[Draw]:
         self._notice_consumer()
@@ -245,12 +243,17 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
 
     def _begin(self, epoch: _Epoch) -> dict[str, Any] | None:
         """Make this epoch the running one; returns the state that it has to continue."""
+        resume, self._resume = self._resume, None
+        if self._epoch is not None and len(self._unconsumed()) == self._queued:
+            resume = self._epoch.resumed  # its iterator was made anew before anything was consumed
         self._notice_consumer()
+        self._reset_counts()
+        self._epoch = epoch
+        return resume
+
+    def _reset_counts(self) -> None:
         self.draws.clear()
         self._queued = self._delivered = self._arrived = 0
-        self._epoch = epoch
-        resume, self._resume = self._resume, None
-        return resume
 
     def _queue(self, draw: Draw) -> None:
         self.draws.append(draw)
@@ -269,6 +272,8 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
 
     def _note_end(self, *, delivered: bool) -> None:
         """No batch is left to draw, or to deliver."""
+        if self._epoch is None:
+            return
         self._notice_consumer()
         if self.draws and (delivered or not self._tagged):
             self.draws[-1] = self.draws[-1]._replace(last=True)
@@ -326,7 +331,8 @@ class _Epoch(Iterator[list[Any]]):
         self.batches = 0
         self.sizes: list[list[int]] = []  # runs of [nominal, batches]
         self.order: dict[str, Any] | None = None  # what the order follows from
-        self.replay: deque[Draw] = deque()
+        self.replay: deque[Draw] = deque()  # to be drawn again in these sizes
+        self.resumed: dict[str, Any] | None = None  # the state that it continues
         self._indices: _Indices | _UserBatches | None = None
         self._ended = False
 
@@ -338,7 +344,7 @@ class _Epoch(Iterator[list[Any]]):
             again = self.replay.popleft() if self.replay else None
             nominal = again.nominal if again else owner.batch_size
             size = max(again.size if again else nominal, owner.world_size)
-            batch = indices.take(size, nominal, self._limit(), owner.drop_last, owner.world_size)
+            batch = indices.take(size, nominal, self._limit())
         if not batch:
             if not self._ended and owner._epoch is self:
                 owner._note_end(delivered=False)
@@ -358,6 +364,7 @@ class _Epoch(Iterator[list[Any]]):
             self.order = _order_state(owner._source())
             self._indices = owner._open()
             return self._indices
+        self.resumed = state
         self.order = state["order"]
         self.position = state["consumed"]
         self.sizes = copy.deepcopy(state["sizes"])
@@ -397,8 +404,9 @@ class _Epoch(Iterator[list[Any]]):
 class _Indices:
     """The indices of a sampler, in its order."""
 
-    def __init__(self, indices: Iterator[Any]) -> None:
-        self._indices = indices
+    def __init__(self, owner: AdaptiveBatchSampler) -> None:
+        self._owner = owner
+        self._indices = iter(owner.sampler)
         self._ahead: deque[Any] = deque()
         self._empty = False
 
@@ -407,8 +415,9 @@ class _Indices:
         """Whether nothing is left, as far as somebody had to look."""
         return self._empty and not self._ahead
 
-    def take(self, size: int, nominal: int, limit: int | None, drop_last: bool, world_size: int) -> list[Any]:
+    def take(self, size: int, nominal: int, limit: int | None) -> list[Any]:
         # One rank never looks ahead: a sampler may draw random numbers for it, or be exhausted too early.
+        drop_last, world_size = self._owner.drop_last, self._owner.world_size
         ahead = 0 if drop_last or world_size == 1 else world_size
         wanted = size + ahead if limit is None else min(size + ahead, limit)
         self._fill(wanted)
@@ -441,7 +450,7 @@ class _UserBatches:
         self._batches = iter(batch_sampler)
         self._ahead: list[Any] | None = None
 
-    def take(self, size: int, nominal: int, limit: int | None, drop_last: bool, world_size: int) -> list[Any]:
+    def take(self, size: int, nominal: int, limit: int | None) -> list[Any]:
         if limit == 0:
             return []
         batch, self._ahead = self._draw(nominal) if self._ahead is None else self._ahead, None

@@ -70,7 +70,9 @@ def split_batch(batch: Any, sizes: Sequence[int], n: int) -> list[Any]:
     if sum(sizes) != n or min(sizes, default=0) < 1:
         raise ValueError(f"split_batch needs positive sizes that sum to n={n}, got {list(sizes)}.")
     if _kind(batch, n, "batch") is not _Kind.SPLIT:
-        raise ValueError(f"split_batch found nothing with {n} samples in a batch of type {type(batch).__name__}.")
+        raise ValueError(
+            f"split_batch found nothing with {n} samples in a batch of type {type(batch).__name__}."
+        )
     stops = np.cumsum(sizes).tolist()
     slices = [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
     return _parts(batch, _Plan(n, sizes, slices))

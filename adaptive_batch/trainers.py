@@ -168,7 +168,9 @@ class _Trainer:
         controller = self._controller
         if controller is None or controller.reference_batch_size is None:
             return 1.0
-        if draw.size < draw.nominal:  # an epoch's tail counts for no less than the reference size would have given
+        if (
+            draw.size < draw.nominal
+        ):  # an epoch's tail counts for no less than the reference size would have given
             return controller.lr_factor(max(draw.size, min(draw.nominal, controller.reference_batch_size)))
         return controller.lr_factor(draw.size)
 
@@ -218,7 +220,9 @@ class _Trainer:
         losses = read_numbers([loss for _, loss in self._unread])
         for (record, _), loss in zip(self._unread, losses, strict=True):
             seconds = float(record.pop("seconds"))
-            self.history.add(Update(**record, throughput=record["batch_size"] / seconds, seconds=seconds, loss=loss))
+            self.history.add(
+                Update(**record, throughput=record["batch_size"] / seconds, seconds=seconds, loss=loss)
+            )
         self._unread.clear()
 
     def _parts(self, samples: int) -> tuple[list[int], bool]:
@@ -270,7 +274,9 @@ class FixedBatchTrainer(_Trainer):
         if self._size is not None:
             return self._size
         if samples is None:
-            raise ValueError("batch gradient descent needs data with a length; give FixedBatchTrainer a batch_size.")
+            raise ValueError(
+                "batch gradient descent needs data with a length; give FixedBatchTrainer a batch_size."
+            )
         return samples
 
 
@@ -355,7 +361,9 @@ class _Update:
         """Gradient and loss of the whole batch, part by part."""
         trainer = self._trainer
         trainer.optimizer.zero_grad()
-        parts = [self._batch] if len(self._sizes) == 1 else split_batch(self._batch, self._sizes, self._samples)
+        parts = (
+            [self._batch] if len(self._sizes) == 1 else split_batch(self._batch, self._sizes, self._samples)
+        )
         if not self._measured:
             self.loss = self._run(parts, None)
             return self.loss
@@ -414,7 +422,9 @@ def _to_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
     try:
         x, y = batch
     except (TypeError, ValueError):
-        raise TypeError(f"a batch must be a pair (x, y), but the data gave a {type(batch).__name__}.") from None
+        raise TypeError(
+            f"a batch must be a pair (x, y), but the data gave a {type(batch).__name__}."
+        ) from None
     return tuple(v.to(device) if isinstance(v, Tensor) else v for v in (x, y))  # type: ignore[return-value]
 
 

@@ -142,7 +142,9 @@ class UpdateExecutor:
             closure._zero_grad_fn()
         if closure._backward_fn is not None and output.closure_loss is not None:
             # Not even a factor of one where nothing is split: constant means unchanged.
-            closure._backward_fn(output.closure_loss if size == self._samples else output.closure_loss * weight)
+            closure._backward_fn(
+                output.closure_loss if size == self._samples else output.closure_loss * weight
+            )
         self._end_pass(size, started)
         return output
 
@@ -181,7 +183,11 @@ def _joined(outputs: list[Any], weights: list[Number], sizes: list[int]) -> Any:
     """The closure result of the whole batch from those of its parts."""
     if len(outputs) == 1:
         return outputs[0]
-    losses = [o.closure_loss.detach() * w for o, w in zip(outputs, weights, strict=True) if o.closure_loss is not None]
+    losses = [
+        o.closure_loss.detach() * w
+        for o, w in zip(outputs, weights, strict=True)
+        if o.closure_loss is not None
+    ]
     loss = torch.stack(losses).sum(0) if losses else None
     extras = {key: _join_extra([o.extra[key] for o in outputs], weights, sizes) for key in outputs[0].extra}
     return type(outputs[0])(loss, extra=extras)

@@ -124,7 +124,9 @@ def override_optimizer_step(patches: Patches, trainer: Trainer, step: Callable[.
     patches.override(loop, "_optimizer_step", make)
 
 
-def override_scheduler_steps(patches: Patches, trainer: Trainer, indices: Callable[[bool], Iterator[int]]) -> None:
+def override_scheduler_steps(
+    patches: Patches, trainer: Trainer, indices: Callable[[bool], Iterator[int]]
+) -> None:
     """Step the per-update schedulers once for each batch index that ``indices(plateau)`` gives.
 
     Lightning compares a scheduler's ``frequency`` with the batch index, so the index is set for the call.
@@ -252,7 +254,9 @@ class LogBuffer:
         self._results.batch, self._results.batch_size = part, None
         self._size = size
 
-    def _record(self, fx: str, name: str, value: Any, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
+    def _record(
+        self, fx: str, name: str, value: Any, *args: Any, batch_size: int | None = None, **kwargs: Any
+    ) -> None:
         if args:
             names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist")
             kwargs.update(zip(names, args, strict=False))
@@ -306,4 +310,6 @@ class StepLog:
             if metric is None or metric.has_reset:
                 self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
             else:
-                metric._forward_cache = metric.value = torch.tensor(value, dtype=torch.float32, device=metric.value.device)
+                metric._forward_cache = metric.value = torch.tensor(
+                    value, dtype=torch.float32, device=metric.value.device
+                )

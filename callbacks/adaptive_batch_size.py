@@ -242,7 +242,11 @@ class AdaptiveBatchSize(CallbackBase):
         reference = controller.reference_batch_size
         smallest, largest = self._bounds
         if largest is None:
-            tenth = _UNKNOWN_LENGTH_GROWTH * reference if plain.samples is None else plain.samples // _DATA_FRACTION
+            tenth = (
+                _UNKNOWN_LENGTH_GROWTH * reference
+                if plain.samples is None
+                else plain.samples // _DATA_FRACTION
+            )
             largest = max(reference, smallest or 1, tenth)
         elif smallest is None and largest < reference:
             raise ValueError(
@@ -279,7 +283,9 @@ class AdaptiveBatchSize(CallbackBase):
     def _interrupt_timing(self) -> None:
         self._update_mark = self._host_mark = None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Learn how many samples the batch at hand really has."""
         assert self._sampler is not None
         draw = self._draw_of(trainer, batch)
@@ -327,7 +333,9 @@ class AdaptiveBatchSize(CallbackBase):
         """Not while a tuner has taken the callbacks away and runs the loop by itself."""
         return self._trainer is not None and any(callback is self for callback in self._trainer.callbacks)
 
-    def _optimizer_step(self, original: Callable[..., None], batch_idx: int, closure: Callable[..., Any]) -> None:
+    def _optimizer_step(
+        self, original: Callable[..., None], batch_idx: int, closure: Callable[..., Any]
+    ) -> None:
         assert self._trainer is not None
         if not self._active:
             original(batch_idx, closure)
@@ -381,9 +389,12 @@ class AdaptiveBatchSize(CallbackBase):
             self._end_update(trainer, outputs, last)
             self._stepped = False
         self._books.end_batch(self._before, self._position, last=last)
-        if last and self._sampler is not None:
-            self._sampler.end_epoch()
         self._host_mark = _host_now()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The sampler's next draw starts another epoch; checkpoints of the epoch's end are saved after this."""
+        if self._sampler is not None:
+            self._sampler.end_epoch()
 
     def _end_update(self, trainer: Trainer, outputs: Any, last: bool) -> None:
         samples = sum(draw.size for draw in self._window)
@@ -424,8 +435,12 @@ class AdaptiveBatchSize(CallbackBase):
         else:
             self._sampler.batch_size = decision.batch_size // self._plain.accumulate
             self._books.sync()
-        self.history.changes.append(self._change(trainer, decision.batch_size, decision.previous, decision.reason))
-        self._say(trainer, ("batch size would change, " if self._dry_run else "batch size ") + decision.reason)
+        self.history.changes.append(
+            self._change(trainer, decision.batch_size, decision.previous, decision.reason)
+        )
+        self._say(
+            trainer, ("batch size would change, " if self._dry_run else "batch size ") + decision.reason
+        )
 
     def _note(self, trainer: Trainer) -> None:
         note = self._controller.note

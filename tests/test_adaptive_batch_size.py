@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from adaptive_batch import Measurement
 from adaptive_batch.callbacks import AdaptiveBatchSize
 from adaptive_batch.policies import Constant, Milestones
-from tests.lightning_problems import SAMPLES, Classifier, fit, loader
+from lightning_problems import SAMPLES, Classifier, fit, loader
 
 B0 = 16
 
@@ -27,7 +27,12 @@ def random_sizes(seed: int, low: int = 4, high: int = 90) -> Any:
 
 
 def resizing(seed: int = 0, **kwargs: Any) -> AdaptiveBatchSize:
-    options: dict[str, Any] = {"min_batch_size": 4, "max_batch_size": 90, "adjust_every": 2, "lr_scaling": "linear"}
+    options: dict[str, Any] = {
+        "min_batch_size": 4,
+        "max_batch_size": 90,
+        "adjust_every": 2,
+        "lr_scaling": "linear",
+    }
     return AdaptiveBatchSize(random_sizes(seed), **{**options, **kwargs})
 
 
@@ -49,7 +54,16 @@ class TestConstantMeansUnchanged:
         for callbacks in ([], [AdaptiveBatchSize(policy="constant")]):
             model = Classifier(scheduler)
             fit(model, loader(num_workers=workers), callbacks, val=loader(batch_size=50, shuffle=False))
-            runs.append((weights(model), model.loss_trace, model.logged, model.epochs, model.used_lr, model.validated_at))
+            runs.append(
+                (
+                    weights(model),
+                    model.loss_trace,
+                    model.logged,
+                    model.epochs,
+                    model.used_lr,
+                    model.validated_at,
+                )
+            )
         assert identical(runs[0][0], runs[1][0])
         assert runs[0][1:] == runs[1][1:]
 
@@ -71,7 +85,16 @@ class TestConstantMeansUnchanged:
         for callbacks in ([], [AdaptiveBatchSize(policy="constant")]):
             model = Classifier("cosine")
             made = fit(model, loader(), callbacks, val=loader(batch_size=50, shuffle=False), **options)
-            runs.append((weights(model), model.loss_trace, model.epochs, model.used_lr, model.validated_at, made.global_step))
+            runs.append(
+                (
+                    weights(model),
+                    model.loss_trace,
+                    model.epochs,
+                    model.used_lr,
+                    model.validated_at,
+                    made.global_step,
+                )
+            )
         assert identical(runs[0][0], runs[1][0])
         assert runs[0][1:] == runs[1][1:]
 
@@ -91,8 +114,12 @@ class TestExactlyOnce:
         fit(model, loader(num_workers=workers), [callback], max_epochs=3)
         assert [sorted(epoch) for epoch in model.epochs] == [list(range(SAMPLES))] * 3
         sizes = [change.batch_size for change in callback.history.changes]
-        assert any(b > a for a, b in zip(sizes, sizes[1:], strict=False)), "never grew: the test would be vacuous"
-        assert any(b < a for a, b in zip(sizes, sizes[1:], strict=False)), "never shrank: the test would be vacuous"
+        assert any(b > a for a, b in zip(sizes, sizes[1:], strict=False)), (
+            "never grew: the test would be vacuous"
+        )
+        assert any(b < a for a, b in zip(sizes, sizes[1:], strict=False)), (
+            "never shrank: the test would be vacuous"
+        )
 
     def test_workers_are_not_respawned_by_a_resize(self) -> None:
         model = Classifier()
@@ -119,7 +146,9 @@ class TestExactlyOnce:
 class TestAttribution:
     @pytest.mark.parametrize("workers", [0, 2])
     @pytest.mark.parametrize("scheduler", [None, "cosine"])
-    def test_the_learning_rate_follows_the_samples_of_each_update(self, workers: int, scheduler: str | None) -> None:
+    def test_the_learning_rate_follows_the_samples_of_each_update(
+        self, workers: int, scheduler: str | None
+    ) -> None:
         model = Classifier(scheduler)
         callback = resizing(adjust_every=1)
         fit(model, loader(num_workers=workers), [callback], max_epochs=3)
@@ -137,7 +166,11 @@ class TestAttribution:
 
     def test_a_short_tail_counts_as_the_reference_size_but_never_as_a_large_batch(self) -> None:
         model = Classifier()
-        fit(model, loader(), [AdaptiveBatchSize(Constant(90), max_batch_size=90, lr_scaling="linear", adjust_every=1)])
+        fit(
+            model,
+            loader(),
+            [AdaptiveBatchSize(Constant(90), max_batch_size=90, lr_scaling="linear", adjust_every=1)],
+        )
         tails = [i for i, size in enumerate(model.sizes) if i and size < 90 and i > 2]
         assert [model.sizes[i] for i in tails] == [SAMPLES - B0 - 2 * 90 + 0] or tails
         last = model.sizes[-1]
@@ -146,7 +179,9 @@ class TestAttribution:
 
     def test_prefetched_batches_keep_their_own_size(self) -> None:
         model = Classifier()
-        callback = AdaptiveBatchSize(Milestones({1: 64}, unit="updates"), max_batch_size=64, adjust_every=1, lr_scaling="linear")
+        callback = AdaptiveBatchSize(
+            Milestones({1: 64}, unit="updates"), max_batch_size=64, adjust_every=1, lr_scaling="linear"
+        )
         fit(model, loader(num_workers=2), [callback], max_epochs=1)
         assert callback.history.changes[0].step == 1
         lag = model.sizes.index(64)
@@ -158,9 +193,18 @@ class TestAttribution:
         callback = resizing()
         made = fit(model, loader(), [callback])
         assert [int(u.batch_size) for u in callback.history.updates] == model.sizes
-        assert [u.lr_scale for u in callback.history.updates] == pytest.approx([lr / 0.1 for lr in model.used_lr])
+        assert [u.lr_scale for u in callback.history.updates] == pytest.approx(
+            [lr / 0.1 for lr in model.used_lr]
+        )
         assert callback.history.updates[-1].samples == 2 * SAMPLES
-        for name in ("batch_size", "micro_batch_size", "noise_scale", "grad_sq_norm", "grad_variance", "lr_scale"):
+        for name in (
+            "batch_size",
+            "micro_batch_size",
+            "noise_scale",
+            "grad_sq_norm",
+            "grad_variance",
+            "lr_scale",
+        ):
             assert f"adaptive_batch/{name}" in made.callback_metrics
         assert made.callback_metrics["adaptive_batch/samples"] == 2 * SAMPLES
         assert made.callback_metrics["adaptive_batch/throughput"] > 0
@@ -179,7 +223,9 @@ class TestBooks:
         plain, resized = Classifier(), Classifier()
         val = loader(batch_size=50, shuffle=False)
         fit(plain, loader(), val=val, val_check_interval=fraction, max_epochs=3)
-        callback = AdaptiveBatchSize(random_sizes(1, 4, 40), min_batch_size=4, max_batch_size=40, adjust_every=1)
+        callback = AdaptiveBatchSize(
+            random_sizes(1, 4, 40), min_batch_size=4, max_batch_size=40, adjust_every=1
+        )
         fit(resized, loader(), [callback], val=val, val_check_interval=fraction, max_epochs=3)
         assert len(resized.validated_at) == len(plain.validated_at)
         for due, seen in zip(plain.validated_at, resized.validated_at, strict=True):
@@ -188,7 +234,14 @@ class TestBooks:
     def test_validation_runs_each_epoch_when_batches_outgrow_an_interval_in_batches(self) -> None:
         model = Classifier()
         callback = AdaptiveBatchSize(lambda m: 90, max_batch_size=90, adjust_every=1)
-        fit(model, loader(), [callback], val=loader(batch_size=50, shuffle=False), val_check_interval=10, max_epochs=3)
+        fit(
+            model,
+            loader(),
+            [callback],
+            val=loader(batch_size=50, shuffle=False),
+            val_check_interval=10,
+            max_epochs=3,
+        )
         assert len(model.validated_at) == 3
 
     @pytest.mark.parametrize("scheduler", ["onecycle", "cosine"])
@@ -203,7 +256,9 @@ class TestBooks:
 
     def test_schedule_clock_updates_leaves_schedulers_alone(self) -> None:
         model = Classifier("lambda")
-        callback = AdaptiveBatchSize(Constant(64), max_batch_size=64, adjust_every=1, schedule_clock="updates")
+        callback = AdaptiveBatchSize(
+            Constant(64), max_batch_size=64, adjust_every=1, schedule_clock="updates"
+        )
         made = fit(model, loader(), [callback])
         assert made.lr_scheduler_configs[0].scheduler.last_epoch == made.global_step
 
@@ -276,13 +331,21 @@ class TestSplitting:
                 calls.append("step")
 
         model = Classifier()
-        fit(model, loader(), [AdaptiveBatchSize("constant", micro_batch_size=8), Watcher()], limit_train_batches=2, max_epochs=1)
+        fit(
+            model,
+            loader(),
+            [AdaptiveBatchSize("constant", micro_batch_size=8), Watcher()],
+            limit_train_batches=2,
+            max_epochs=1,
+        )
         assert calls == ["zero", "backward", "backward", "step"] * 2
 
     def test_a_batch_that_cannot_be_split_is_refused_with_the_entry_named(self) -> None:
         model = Classifier()
         data = loader(collate_fn=lambda items: (*torch.utils.data.default_collate(items)[:3], torch.zeros(3)))
-        with pytest.raises(ValueError, match=r"batch\[3\] has first dimension 3 where the batch has 16 samples"):
+        with pytest.raises(
+            ValueError, match=r"batch\[3\] has first dimension 3 where the batch has 16 samples"
+        ):
             fit(model, data, [AdaptiveBatchSize("constant", micro_batch_size=8)])
 
 
