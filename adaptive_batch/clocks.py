@@ -34,8 +34,8 @@ class PlainEpoch:
 class SampleClock:
     """Counts the steps that per-update schedulers should have taken after so many samples.
 
-    After ``s`` samples of an epoch they are ``epoch * U + min(U, ceil(s / B0))``, and ``U`` more at its end, so a
-    schedule over the run still ends with the run when the batches grow.
+    After ``s`` samples of an epoch they are ``epoch * U + min(U, ceil(s / B0))``, and all ``U`` of the epoch
+    at its end, so a schedule over the run still ends with the run when the batches grow.
     """
 
     def __init__(self) -> None:
@@ -66,8 +66,12 @@ class SampleClock:
         return {"taken": self.taken}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Put back what :meth:`state_dict` gave."""
-        self.taken = int(state["taken"])
+        """Put back what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: if the state is not one of this clock; nothing is changed then.
+        """
+        self.taken = _checked_count(state)
 
 
 class GainClock:
@@ -100,8 +104,24 @@ class GainClock:
         return {"progress": self.progress, "taken": self.taken}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Put back what :meth:`state_dict` gave."""
-        self.progress, self.taken = state["progress"], int(state["taken"])
+        """Put back what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: if the state is not one of this clock; nothing is changed then.
+        """
+        taken, progress = _checked_count(state), state.get("progress")
+        if not isinstance(progress, (int, float)) or not 0 <= progress < math.inf:
+            raise ValueError(
+                f"a clock's state cannot have progress={progress!r}; load what state_dict() returned."
+            )
+        self.progress, self.taken = float(progress), taken
+
+
+def _checked_count(state: Mapping[str, float]) -> int:
+    taken = state.get("taken") if isinstance(state, Mapping) else None
+    if not isinstance(taken, int) or isinstance(taken, bool) or taken < 0:
+        raise ValueError(f"a clock's state cannot have taken={taken!r}; load what state_dict() returned.")
+    return taken
 
 
 def _batch_index(step: int, plain: PlainEpoch) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from adaptive_batch.lr_scaling import LRScaling, resolve_lr_scaling
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.noise import GradientNoiseScale
-from adaptive_batch.policies import Constant, Policy, is_measured, resolve_policy
+from adaptive_batch.policies import Constant, Policy, _words, is_measured, resolve_policy
 from adaptive_batch.throughput import StepTimeModel
 
 __all__ = ["BatchSizeController", "Decision"]
@@ -22,7 +22,7 @@ MAX_GROWTH = 2.0
 """Largest factor of one change, so that no single noisy estimate can carry the size away."""
 
 MIN_DWELL = 20
-"""Updates between changes (Sievert & Charles 2019, arXiv:1910.08222)."""
+"""Updates at a size, the first one included, before it is left (Sievert & Charles 2019, arXiv:1910.08222)."""
 
 SETTLE = 2
 """Updates at a new size that are not timed: autotuning, recompilation and caches belong to the change."""
@@ -64,9 +64,11 @@ class BatchSizeController:
 
     It keeps the noise and step-time estimates, asks the policy once every ``adjust_every`` updates, and is
     careful with the answer of a policy that measures: sizes are ``B0`` times a power of two, a step is
-    at most a factor of two, 20 updates pass between changes, a change must promise 5 % of goodput where
-    that can be computed, and it must still be right at the pessimistic end of the noise scale's
-    confidence interval. Answers of schedules and functions are rounded and clamped, no more.
+    at most a factor of two, 20 updates pass before a size is left, a change must promise 5 % of goodput
+    where that can be computed, and it must still be right at the pessimistic end of the noise scale's
+    confidence interval. Where nothing tells what a larger update costs (all passes had the same size), one
+    step up to a size that is surely below the noise scale finds it out, and is taken back if it does not
+    pay. Answers of schedules and functions are rounded and clamped, no more.
 
     Args:
         policy: a name, an object with ``propose(measurement) -> float``, or a function of a measurement.
@@ -80,7 +82,7 @@ class BatchSizeController:
 
     Attributes:
         batch_size: the size in force, ``None`` before anything was measured.
-        note: why the last answer changed nothing, ``None`` after a change.
+        note: the newest reason to keep the size, ``None`` after a change; each is given once between changes.
         noise: the :class:`GradientNoiseScale` fed with the updates' parts.
         step_time: the :class:`StepTimeModel` fed with the updates' times.
 
@@ -102,8 +104,12 @@ class BatchSizeController:
     ) -> None:
         check_bounds(min_batch_size, max_batch_size)
         for name, value in (("adjust_every", adjust_every), ("multiple_of", multiple_of)):
-            if not isinstance(value, int) or value < 1:
+            if not _is_count(value, least=1):
                 raise ValueError(f"{name}={value!r} must be a positive whole number.")
+        if reference_batch_size is not None and not _is_count(reference_batch_size, least=1):
+            raise ValueError(
+                f"reference_batch_size={reference_batch_size!r} must be a positive whole number, or None."
+            )
         self.policy = resolve_policy(policy)
         self.lr_scaling = resolve_lr_scaling(lr_scaling)
         self.min_batch_size = min_batch_size
@@ -116,13 +122,12 @@ class BatchSizeController:
         self.reference_batch_size = reference_batch_size
         self.batch_size = reference_batch_size
         self.note: str | None = None
-        self._note_kind: str | None = None
+        self._noted: list[str] = []
         self._pending: list[Measurement] = []
         self._updates = 0
-        self._changed_at = -MIN_DWELL
+        self._changed_at = 0
         self._measured_samples = 0
-        self._timed_size = 0
-        self._timed_run = 0
+        self._settled = 0
         self._last_noise_scale = math.nan
 
     @property
@@ -162,17 +167,20 @@ class BatchSizeController:
         self._updates += 1
         if self._updates % self.adjust_every:
             return None
-        self._absorb()
-        return self._decide(self._describe(measurement))
+        return self._decide(self._describe(measurement, loss=self._absorb()))
 
-    def _absorb(self) -> None:
-        """Read the pending measurements' numbers in one transfer and update the estimates."""
-        norms = iter(read_numbers([n for m in self._pending for n in (*m.part_sq_norms, m.sq_norm)]))
+    def _absorb(self) -> float:
+        """Read the pending measurements' numbers in one transfer and update the estimates; the last loss."""
+        last = self._pending[-1].loss
+        unread = [n for m in self._pending for n in (*m.part_sq_norms, m.sq_norm)]
+        *norms, loss = read_numbers([*unread, last])
         for m in self._pending:
-            part_sq_norms = [next(norms) for _ in m.part_sq_norms]
-            self._absorb_noise(m, part_sq_norms, next(norms))
+            count = len(m.part_sq_norms)
+            self._absorb_noise(m, norms[:count], norms[count])
             self._absorb_time(m)
+            del norms[: count + 1]
         self._pending.clear()
+        return loss
 
     def _absorb_noise(self, m: Measurement, part_sq_norms: list[float], sq_norm: float) -> None:
         if len(part_sq_norms) < 2:
@@ -186,18 +194,18 @@ class BatchSizeController:
             self._last_noise_scale = self.noise.noise_scale
 
     def _absorb_time(self, m: Measurement) -> None:
-        self._timed_run = self._timed_run + 1 if m.batch_size == self._timed_size else 1
-        self._timed_size = m.batch_size
-        if self._timed_run <= SETTLE:  # an epoch's tail has no successor of its size and never gets here
+        if m.batch_size != self.batch_size:  # an epoch's tail, or fetched before the last change
+            return
+        self._settled += 1
+        if self._settled <= SETTLE:
             return
         self.step_time.update(m.batch_size, float(m.seconds))  # which skips what was not timed
         for size, seconds in zip(m.pass_sizes, m.pass_seconds, strict=True):
             self.step_time.update_pass(size, float(seconds))
 
-    def _describe(self, m: Measurement) -> Measurement:
+    def _describe(self, m: Measurement, *, loss: float) -> Measurement:
         """The measurement as the policy sees it: plain numbers, with the estimates."""
         assert self.batch_size is not None and self.reference_batch_size is not None
-        (loss,) = read_numbers([m.loss])
         return replace(
             m,
             batch_size=self.batch_size,
@@ -218,17 +226,19 @@ class BatchSizeController:
     def _decide(self, m: Measurement) -> Decision | None:
         answer = self._answer(m)
         if isinstance(answer, _Stay):
-            if answer.kind and answer.kind != self._note_kind:
-                self.note = f"{self.batch_size} stays: {answer.reason}"
-                self._note_kind = answer.kind
+            if answer.kind and answer.kind not in self._noted:
+                self.note = f"{m.batch_size} stays: {answer.reason}"
+                self._noted.append(answer.kind)
             return None
-        self.note = self._note_kind = None
+        self.note = None
+        self._noted.clear()
         self._changed_at = self._updates
+        self._settled = 0
         self.batch_size = answer.batch_size
         return answer
 
     def _answer(self, m: Measurement) -> Decision | _Stay:
-        proposal = float(self.policy.propose(m))
+        proposal = self._proposal(m)
         if not math.isfinite(proposal):
             return _Stay("no proposal", f"the policy proposed {proposal}")
         if self.careful:
@@ -236,61 +246,88 @@ class BatchSizeController:
         size = self._clamp(proposal)
         if size == m.batch_size:
             return _Stay()
-        return Decision(size, m.batch_size, self._reason(m, size, proposal))
+        return Decision(size, m.batch_size, f"{m.batch_size} -> {size}: {self._words(m, size, proposal)}")
+
+    def _proposal(self, m: Measurement) -> float:
+        proposal: object = self.policy.propose(m)
+        try:
+            return float(proposal)  # type: ignore[arg-type]  # refused below
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{_name(self.policy)} proposed {proposal!r}, which is no batch size; "
+                "return a number of samples."
+            ) from None
 
     def _careful_answer(self, m: Measurement, proposal: float) -> Decision | _Stay:
-        waiting = self._missing_evidence(m)
-        if waiting is not None:
-            return waiting
+        bounded = self._clamp(m.batch_size)
+        if bounded != m.batch_size:
+            bound = "min_batch_size" if bounded > m.batch_size else "max_batch_size"
+            return Decision(bounded, m.batch_size, f"{m.batch_size} -> {bounded}: {bound} is {bounded}")
+        if "noise" in self.policy_needs and not math.isfinite(m.noise_scale):
+            return _Stay("noise", "the gradient noise scale is not identified yet")
+        if "step_time" in self.policy_needs and not math.isfinite(self.step_time.predict(2 * m.batch_size)):
+            return self._trial(m)
         size = self._neighbour(m.batch_size, proposal)
         if size == m.batch_size:
             return self._stay_at(m, proposal)
-        if self._updates - self._changed_at < MIN_DWELL:
+        if self._is_new:
             return _Stay()
         objection = self._objection(m, size, proposal)
         if objection is not None:
             return objection
-        return Decision(size, m.batch_size, self._reason(m, size, proposal))
+        return Decision(size, m.batch_size, f"{m.batch_size} -> {size}: {self._words(m, size, proposal)}")
 
-    def _missing_evidence(self, m: Measurement) -> _Stay | None:
-        if "noise" in self.policy_needs and not math.isfinite(m.noise_scale):
-            return _Stay("noise", "the gradient noise scale is not identified yet")
-        if "step_time" in self.policy_needs and not math.isfinite(self.step_time.predict(2 * m.batch_size)):
+    @property
+    def _is_new(self) -> bool:
+        return self._updates - self._changed_at < MIN_DWELL
+
+    def _trial(self, m: Measurement) -> Decision | _Stay:
+        """A step up only to learn its time, where the samples are not wasted whatever that is."""
+        size = self._clamp(self._grid_above(m.batch_size))
+        timed = math.isfinite(self.step_time.predict(m.batch_size))
+        if not timed or self._is_new or size == m.batch_size or not size <= m.interval[0]:
             return _Stay("step time", "the time of a larger update is not known yet")
-        return None
+        words = f"{_words.noise_scale(m)}, to learn the time of a larger update"
+        return Decision(size, m.batch_size, f"{m.batch_size} -> {size}: {words}")
 
     def _stay_at(self, m: Measurement, proposal: float) -> _Stay:
-        if proposal > m.batch_size and m.batch_size == self.max_batch_size:
-            return _Stay("maximum", f"the policy proposes {proposal:.0f}, max_batch_size is {m.batch_size}")
-        if proposal < m.batch_size and m.batch_size == self._smallest:
-            return _Stay("minimum", f"the policy proposes {proposal:.0f}, min_batch_size is {m.batch_size}")
-        return _Stay("near", f"the policy proposes {proposal:.0f}, less than a factor of two away")
+        words = self._words(m, m.batch_size, proposal)
+        smallest, largest = self._bounds
+        if proposal > m.batch_size == largest:
+            return _Stay("maximum", f"{words}, max_batch_size is {largest}")
+        if proposal < m.batch_size == smallest:
+            return _Stay("minimum", f"{words}{self._cost_in_words(m)}, min_batch_size is {smallest}")
+        if proposal == m.batch_size:
+            return _Stay("best", words)
+        return _Stay("near", f"{words}, {_words.count(proposal)} is less than a factor of two away")
 
     def _objection(self, m: Measurement, size: int, proposal: float) -> _Stay | None:
         """What speaks against a change: too small a promise, or too little evidence."""
         doubtful = replace(m, noise_scale=m.interval[0] if size > m.batch_size else m.interval[1])
         goodput = getattr(self.policy, "goodput", None)
         if goodput is None:
-            side = math.copysign(1.0, proposal - m.batch_size)
-            if math.isfinite(m.noise_scale) and (self.policy.propose(doubtful) - m.batch_size) * side <= 0:
-                return _Stay("interval", f"the noise scale's interval {_interval(m)} does not exclude it")
+            # Only a built-in policy can be asked what if: another one may count how often it is asked.
+            asks = is_measured(self.policy) and "noise" in self.policy_needs
+            if asks and (self.policy.propose(doubtful) - m.batch_size) * (proposal - m.batch_size) <= 0:
+                return _Stay("interval", f"{_words.noise_scale(m)} does not rule out that it is right")
             return None
-        promise = goodput(size, m) / goodput(m.batch_size, m) - 1
-        if not promise >= MIN_PROMISE:
+        promise = goodput(size, m) / goodput(m.batch_size, m)
+        if not promise >= 1 + MIN_PROMISE:
             return _Stay(
                 f"promise {size}",
-                f"noise scale {m.noise_scale:.0f} {_interval(m)}, {size} promises {promise:+.0%} goodput, "
-                f"less than {MIN_PROMISE:+.0%}{self._cost_in_words(m, size)}",
+                f"{_words.noise_scale(m)}, {size} promises {_words.percent(promise)} goodput, less than "
+                f"{_words.percent(1 + MIN_PROMISE)}{self._cost_in_words(m)}",
             )
         if not goodput(size, doubtful) >= goodput(m.batch_size, doubtful):
-            return _Stay(
-                "interval", f"the noise scale's interval {_interval(m)} does not rule out a loss at {size}"
-            )
+            return _Stay("interval", f"{_words.noise_scale(m)} does not rule out a loss of goodput at {size}")
         return None
 
-    def _cost_in_words(self, m: Measurement, size: int) -> str:
-        ratio = self.step_time.predict(size) / self.step_time.predict(m.batch_size)
-        return f" (an update of {size} takes {ratio:.2f} times as long as one of {m.batch_size})"
+    def _cost_in_words(self, m: Measurement) -> str:
+        """What twice the size costs, for policies that count time."""
+        ratio = self.step_time.predict(2 * m.batch_size) / self.step_time.predict(m.batch_size)
+        if "step_time" not in self.policy_needs or math.isnan(ratio):
+            return ""
+        return f", an update of {2 * m.batch_size} takes {ratio:.2f} times as long"
 
     def _neighbour(self, current: int, proposal: float) -> int:
         """The next quantised size in the direction of the proposal, if the proposal is that far.
@@ -301,8 +338,10 @@ class BatchSizeController:
         if proposal > current:
             size = self._clamp(self._grid_above(current))
             return size if proposal >= min(reach * current, size) else current
-        size = self._clamp(self._grid_below(current))
-        return size if proposal <= max(current / reach, size) else current
+        if proposal < current:
+            size = self._clamp(self._grid_below(current))
+            return size if proposal <= max(current / reach, size) else current
+        return current
 
     def _grid_above(self, current: int) -> float:
         base = float(self.reference_batch_size or current)
@@ -313,19 +352,22 @@ class BatchSizeController:
         return float(base * 2.0 ** (math.ceil(math.log2(current / base) - 1e-9) - 1))
 
     @property
-    def _smallest(self) -> int:
-        return self.min_batch_size or self.reference_batch_size or 1
-
-    def _clamp(self, size: float) -> int:
+    def _bounds(self) -> tuple[int, float]:
+        """Smallest and largest size, both multiples of ``multiple_of``."""
         step = self.multiple_of
         largest = math.inf if self.max_batch_size is None else max(step, self.max_batch_size // step * step)
-        smallest = max(step, math.ceil(self._smallest / step) * step)
-        return int(min(max(round(size / step) * step, smallest), largest))
+        smallest = math.ceil((self.min_batch_size or self.reference_batch_size or 1) / step) * step
+        return int(min(smallest, largest)), largest
 
-    def _reason(self, m: Measurement, size: int, proposal: float) -> str:
+    def _clamp(self, size: float) -> int:
+        smallest, largest = self._bounds
+        return int(min(max(round(size / self.multiple_of) * self.multiple_of, smallest), largest))
+
+    def _words(self, m: Measurement, size: int, proposal: float) -> str:
+        """Why ``size``, in the policy's words if it has any."""
         explain = getattr(self.policy, "reason", None)
-        words = explain(m, size) if explain is not None else f"{_name(self.policy)} proposes {proposal:.0f}"
-        return f"{m.batch_size} -> {size}: {words}"
+        words = f"{_name(self.policy)} proposes {_words.count(proposal)}"
+        return words if explain is None else str(explain(m, size))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to decide as this one would have; plain numbers only."""
@@ -333,12 +375,11 @@ class BatchSizeController:
             "reference_batch_size": self.reference_batch_size,
             "batch_size": self.batch_size,
             "note": self.note,
-            "note_kind": self._note_kind,
+            "noted": list(self._noted),
             "updates": self._updates,
             "changed_at": self._changed_at,
             "measured_samples": self._measured_samples,
-            "timed_size": self._timed_size,
-            "timed_run": self._timed_run,
+            "settled": self._settled,
             "noise_scale": self._last_noise_scale,
             "noise": self.noise.state_dict(),
             "step_time": self.step_time.state_dict(),
@@ -352,27 +393,25 @@ class BatchSizeController:
         """Put back what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: if something is missing; nothing is changed then.
+            ValueError: if something is missing or not what it should be; nothing is changed then.
         """
-        missing = [key for key in self.state_dict() if key not in state and key != "policy"]
-        if missing:
-            raise ValueError(f"this is not the state of a BatchSizeController: {', '.join(missing)} missing.")
-        pending = [Measurement(**m) for m in state["pending"]]
-        self.noise.load_state_dict(state["noise"])
-        self.step_time.load_state_dict(state["step_time"])
-        if "policy" in state and hasattr(self.policy, "load_state_dict"):
+        _check_state(state, self.state_dict())
+        noise, step_time = GradientNoiseScale(), StepTimeModel()
+        noise.load_state_dict(state["noise"])
+        step_time.load_state_dict(state["step_time"])
+        pending = [_pending_measurement(record) for record in state["pending"]]
+        if hasattr(self.policy, "load_state_dict") and "policy" in state:
             self.policy.load_state_dict(state["policy"])
+        self.noise, self.step_time, self._pending = noise, step_time, pending
         self.reference_batch_size = state["reference_batch_size"]
         self.batch_size = state["batch_size"]
         self.note = state["note"]
-        self._note_kind = state["note_kind"]
+        self._noted = list(state["noted"])
         self._updates = state["updates"]
         self._changed_at = state["changed_at"]
         self._measured_samples = state["measured_samples"]
-        self._timed_size = state["timed_size"]
-        self._timed_run = state["timed_run"]
+        self._settled = state["settled"]
         self._last_noise_scale = state["noise_scale"]
-        self._pending = pending
 
 
 def check_bounds(min_batch_size: int | None, max_batch_size: int | None) -> None:
@@ -393,19 +432,77 @@ def check_bounds(min_batch_size: int | None, max_batch_size: int | None) -> None
 def _plain(m: Measurement) -> dict[str, Any]:
     """A pending measurement without its tensors and models."""
     *norms, sq_norm, loss = read_numbers([*m.part_sq_norms, m.sq_norm, m.loss])
-    fields = {name: getattr(m, name) for name in _PENDING_FIELDS}
-    for name in ("part_sizes", "pass_sizes"):
-        fields[name] = list(getattr(m, name))
-    fields["pass_seconds"] = [float(seconds) for seconds in m.pass_seconds]
-    return {**fields, "part_sq_norms": norms, "sq_norm": sq_norm, "loss": loss, "seconds": float(m.seconds)}
+    return {
+        **{name: getattr(m, name) for name in (*_COUNTS, *_FLOATS)},
+        **{name: list(getattr(m, name)) for name in _SIZES},
+        "part_sq_norms": norms,
+        "sq_norm": sq_norm,
+        "loss": loss,
+        "seconds": float(m.seconds),
+        "pass_seconds": [float(seconds) for seconds in m.pass_seconds],
+    }
 
 
-_PENDING_FIELDS = ("update", "epoch", "samples", "batch_size", "reference_batch_size", "lr", "peak_memory")
+_COUNTS = ("update", "epoch", "samples", "batch_size", "reference_batch_size")
+_FLOATS = ("lr", "peak_memory")
+_SIZES = ("part_sizes", "pass_sizes")
 
 
-def _interval(m: Measurement) -> str:
-    low, high = m.interval
-    return f"[{low:.0f}, {high:.0f}]"
+def _pending_measurement(record: Any) -> Measurement:
+    """The inverse of :func:`_plain`."""
+    expected = _plain(Measurement())
+    valid = isinstance(record, Mapping) and set(record) == set(expected)
+    for name, example in expected.items() if valid else ():
+        value = record[name]
+        if name in _COUNTS:
+            valid = valid and _is_count(value)
+        elif isinstance(example, list):
+            fits = _is_size if name in _SIZES else _is_number
+            valid = valid and isinstance(value, list) and all(map(fits, value))
+        else:
+            valid = valid and _is_number(value)
+    pairs = (("part_sq_norms", "part_sizes"), ("pass_seconds", "pass_sizes"))
+    if not valid or any(len(record[one]) != len(record[other]) for one, other in pairs):
+        raise ValueError(f"a pending measurement of a BatchSizeController cannot be {record!r}.")
+    return Measurement(**record)
+
+
+def _check_state(state: object, own: Mapping[str, Any]) -> None:
+    if not isinstance(state, Mapping):
+        raise ValueError(f"this is not the state of a BatchSizeController but a {type(state).__name__}.")
+    missing = [key for key in own if key not in state]
+    if missing:
+        raise ValueError(f"this is not the state of a BatchSizeController: {', '.join(missing)} missing.")
+    for key, fits in _STATE.items():
+        if not fits(state[key]):
+            raise ValueError(f"the state of a BatchSizeController cannot have {key}={state[key]!r}.")
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_size(value: object) -> bool:
+    return _is_count(value, least=1)
+
+
+_STATE: dict[str, Callable[[Any], bool]] = {
+    "reference_batch_size": lambda value: value is None or _is_size(value),
+    "batch_size": lambda value: value is None or _is_size(value),
+    "note": lambda value: value is None or isinstance(value, str),
+    "noted": lambda value: isinstance(value, list) and all(isinstance(kind, str) for kind in value),
+    "updates": _is_count,
+    "changed_at": _is_count,
+    "measured_samples": _is_count,
+    "settled": _is_count,
+    "noise_scale": lambda value: _is_number(value) and not value < 0,
+    "pending": lambda value: isinstance(value, list),
+}
+"""What each entry of a state has to be; ``noise``, ``step_time`` and ``policy`` check their own."""
 
 
 def _name(policy: object) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -74,6 +74,14 @@ _UPDATE_FIELDS = [field.name for field in dataclasses.fields(Update)]
 _COUNTS = 5  # the leading fields are whole numbers
 
 
+def _without_nan(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no numbers that are not finite."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in fields.items()
+    }
+
+
 def _update_from_row(row: list[float]) -> Update:
     return Update(*map(int, row[:_COUNTS]), *row[_COUNTS:])
 
@@ -82,26 +90,29 @@ class History:
     """What happened in a run, in constant memory.
 
     All changes are kept; of the updates a ring of the last ``size``. Older ones are written to ``path``
-    as they leave the ring, if one is given, so that file and ring together hold every update once.
+    as they leave the ring, if one is given, so that file and ring together hold every update once; a
+    resumed run goes on with the file where its checkpoint was taken.
 
     Args:
         size: updates to keep.
-        path: CSV file for the updates that leave the ring; opened when the first one does.
+        path: CSV file for the updates that leave the ring; opened when the first one does. A file of an
+            earlier run is overwritten.
 
     Attributes:
         updates: the last updates, oldest first.
         changes: every change of the batch size, oldest first.
-        notes: reasons to keep the size, one entry whenever the reason becomes another one.
+        notes: the last 1000 reasons to keep the size, one entry whenever the reason becomes another one.
     """
 
     def __init__(self, size: int = 10_000, *, path: str | Path | None = None) -> None:
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"history_size={size!r} must be a positive number of updates to keep.")
         self.updates: deque[Update] = deque(maxlen=size)
         self.changes: list[Change] = []
         self.notes: deque[Change] = deque(maxlen=1000)
         self._path = None if path is None else Path(path)
         self._file: IO[str] | None = None
+        self._written = 0
 
     def __len__(self) -> int:
         return len(self.updates)
@@ -114,10 +125,23 @@ class History:
 
     def _write(self, update: Update) -> None:
         if self._file is None:
-            assert self._path is not None
-            self._file = self._path.open("w", newline="", buffering=1)
-            csv.writer(self._file).writerow(_UPDATE_FIELDS)
+            self._file = self._open()
         csv.writer(self._file).writerow(dataclasses.astuple(update))
+        self._written += 1
+
+    def _open(self) -> IO[str]:
+        """The file of older updates, cut behind those that this history has written (a killed run had more)."""
+        assert self._path is not None
+        if self._written and self._path.exists():
+            file = self._path.open("r+", newline="", buffering=1)
+            for _ in range(1 + self._written):
+                file.readline()
+            file.seek(file.tell())
+            file.truncate()
+            return file
+        file = self._path.open("w", newline="", buffering=1)
+        csv.writer(file).writerow(_UPDATE_FIELDS)
+        return file
 
     def close(self) -> None:
         """Close the file of older updates, if one was opened."""
@@ -137,13 +161,13 @@ class History:
             writer.writerows(dataclasses.astuple(update) for update in self.updates)
 
     def to_json(self, path: str | Path) -> None:
-        """Write changes, notes and kept updates."""
+        """Write changes, notes and kept updates; what is not known (``NaN``) is ``null``."""
         record = {
-            "updates": [dataclasses.asdict(update) for update in self.updates],
+            "updates": [_without_nan(dataclasses.asdict(update)) for update in self.updates],
             "changes": [dataclasses.asdict(change) for change in self.changes],
             "notes": [dataclasses.asdict(note) for note in self.notes],
         }
-        Path(path).write_text(json.dumps(record))
+        Path(path).write_text(json.dumps(record, allow_nan=False))
 
     def plot(self, path: str | Path | None = None, *, series: Mapping[str, Any] | None = None) -> Figure:
         """Draw batch size, noise scale, learning-rate factor and ``series`` over the samples seen.
@@ -166,15 +190,15 @@ class History:
         panels = figure.subplots(3 + len(extra), sharex=True)
         samples = self.column("samples")
         panels[0].step(samples, self.column("batch_size"), where="pre", color="C0")
-        panels[0].set(ylabel="batch size", yscale="log")
+        panels[0].set(ylabel="batch size")
         panels[0].set_yscale("log", base=2)
         panels[1].plot(samples, self.column("noise_scale"), color="C1")
         panels[1].set(ylabel="noise scale", yscale="log")
         panels[2].plot(samples, self.column("lr_scale"), color="C2")
         panels[2].set(ylabel="learning-rate\nfactor")
-        for panel, (label, (x, y)), index in zip(panels[3:], extra.items(), range(3, 10), strict=False):
-            panel.plot(x, y, color=f"C{index}", marker=".")
-            panel.set(ylabel=label)
+        for index, (label, (x, y)) in enumerate(extra.items(), start=3):
+            panels[index].plot(x, y, color=f"C{index}", marker=".")
+            panels[index].set(ylabel=label)
         for panel in panels:
             panel.grid(alpha=0.3)
             for change in self.changes:
@@ -185,12 +209,13 @@ class History:
         return figure
 
     def state_dict(self) -> dict[str, Any]:
-        """Changes and notes as plain values; the kept updates as a ``[n, fields]`` tensor, which is quick to save."""
+        """Changes and notes as plain values; the kept updates as a ``[n, fields]`` tensor: quick to save."""
         rows = [[getattr(update, name) for name in _UPDATE_FIELDS] for update in self.updates]
         return {
             "updates": torch.tensor(rows, dtype=torch.float64),
             "changes": [dataclasses.asdict(change) for change in self.changes],
             "notes": [dataclasses.asdict(note) for note in self.notes],
+            "written": self._written,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -201,15 +226,23 @@ class History:
         """
         try:
             updates = [_update_from_row(row) for row in state["updates"].tolist()]
-            changes = [Change(**row) for row in state["changes"]]
-            notes = [Change(**row) for row in state["notes"]]
-        except (AttributeError, KeyError, TypeError) as error:
+            changes = [_checked(Change(**row)) for row in state["changes"]]
+            notes = [_checked(Change(**row)) for row in state["notes"]]
+            written = int(state["written"])
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"this is not the state of a History ({error}).") from error
-        self._replace(updates, changes, notes)
-
-    def _replace(self, updates: Iterable[Update], changes: list[Change], notes: Iterable[Change]) -> None:
+        self.close()
+        self._written = written
         self.updates.clear()
-        self.updates.extend(updates)
+        for update in updates:
+            self.add(update)
         self.changes[:] = changes
         self.notes.clear()
         self.notes.extend(notes)
+
+
+def _checked(change: Change) -> Change:
+    counts = (change.step, change.epoch, change.samples, change.batch_size, change.previous)
+    if not all(isinstance(count, int) for count in counts) or not isinstance(change.reason, str):
+        raise TypeError(f"{change} is no change")
+    return change

@@ -4,35 +4,74 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomStates", "Snapshot", "generators_in"]
+__all__ = ["Rollback"]
 
 
-def generators_in(module: nn.Module) -> list[torch.Generator]:
-    """Generators of their own that modules hold as attributes."""
-    held = (value for m in module.modules() for value in vars(m).values())
-    return list({id(g): g for g in held if isinstance(g, torch.Generator)}.values())
+class Rollback:
+    """Puts back what forward and backward passes change: buffers, random states, gradients.
 
+    The random states are torch's default generators of the CPU and of the GPUs in use, NumPy's, Python's, and
+    generators that modules hold as attributes. Gradients are not copied at the start of an update, where
+    putting them back means dropping them; inside an accumulation window those of the batches before are.
 
-class RandomStates:
-    """The state of every source of random numbers that a training step may draw from.
-
-    Torch's default generators of the CPU and of the GPUs in use, NumPy's, Python's, and ``generators``.
+    Args:
+        module: the model that is trained; looked through once.
     """
 
-    def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self._buffered = [(m, name) for m in modules for name in m._buffers]
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._generators = _generators(modules)
+        self._buffers: list[tuple[Tensor, Tensor] | None] = []
+        self._gradients: list[Tensor | None] = []
+        self._random: _RandomStates | None = None
+
+    def save(self, *, accumulated: bool) -> None:
+        """Remember the present state; ``accumulated`` says that the gradients hold earlier batches."""
+        self._buffers = [_with_copy(module._buffers.get(name)) for module, name in self._buffered]
+        self._gradients = [_copy(p.grad) if accumulated else None for p in self._parameters]
+        self._random = _RandomStates(self._generators)
+
+    @torch.no_grad()
+    def restore(self, *, gradients: bool) -> None:
+        """Put the remembered state back, as often as needed.
+
+        Args:
+            gradients: also the gradients; ``False`` where the update has not yet cleared the old ones.
+        """
+        for (module, name), saved in zip(self._buffered, self._buffers, strict=True):
+            if saved is not None:
+                buffer, copy = saved
+                module._buffers[name] = buffer.copy_(copy)  # the same tensor: others may hold on to it
+        if gradients:
+            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                parameter.grad = _copy(gradient)
+        if self._random is not None:
+            self._random.restore()
+
+    def forget(self) -> None:
+        """Release the copies."""
+        self._buffers, self._gradients, self._random = [], [], None
+
+
+class _RandomStates:
+    """The states of all generators at one moment."""
+
+    def __init__(self, own: Iterable[torch.Generator]) -> None:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         self._numpy = np.random.get_state()
         self._python = random.getstate()
-        self._own = [(generator, generator.get_state()) for generator in generators]
+        self._own = [(generator, generator.get_state()) for generator in own]
 
     def restore(self) -> None:
-        """Continue all of them from here."""
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)
@@ -42,45 +81,13 @@ class RandomStates:
             generator.set_state(state)
 
 
-class Snapshot:
-    """What a forward and backward pass may change: buffers, random states, gradients.
+def _generators(modules: Iterable[nn.Module]) -> list[torch.Generator]:
+    held: Iterable[Any] = (value for module in modules for value in vars(module).values())
+    return list({id(g): g for g in held if isinstance(g, torch.Generator)}.values())
 
-    Gradients are not copied at the start of an update, where putting them back is dropping them; inside an
-    accumulation window those of the batches before are.
 
-    Args:
-        module: the model that is trained.
-        accumulated: whether its gradients hold earlier batches of the update.
-        generators: random generators beside the global ones.
-    """
-
-    def __init__(
-        self, module: nn.Module, *, accumulated: bool, generators: Iterable[torch.Generator] = ()
-    ) -> None:
-        self._buffers = [
-            (owner, name, buffer, buffer.detach().clone())
-            for owner in module.modules()
-            for name, buffer in owner._buffers.items()
-            if buffer is not None
-        ]
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
-        self._gradients = [_copy(p.grad) for p in self._parameters] if accumulated else None
-        self._random = RandomStates(generators)
-
-    @torch.no_grad()
-    def restore(self, *, gradients: bool) -> None:
-        """Put everything back.
-
-        Args:
-            gradients: also the gradients; ``False`` where the update has not yet cleared the old ones.
-        """
-        for owner, name, buffer, saved in self._buffers:
-            owner._buffers[name] = buffer.copy_(saved)  # the same tensor: others may hold on to it
-        if gradients:
-            saved_gradients = self._gradients or [None] * len(self._parameters)
-            for parameter, gradient in zip(self._parameters, saved_gradients, strict=True):
-                parameter.grad = _copy(gradient)
-        self._random.restore()
+def _with_copy(buffer: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if buffer is None else (buffer, buffer.detach().clone())
 
 
 def _copy(gradient: Tensor | None) -> Tensor | None:

@@ -230,7 +230,7 @@ def amp_scale(trainer: Trainer) -> Tensor | float:
 
 
 class LogBuffer:
-    """Collects the ``self.log`` calls of an update's parts and makes each once, for the whole batch.
+    """Holds back the ``self.log`` calls of a batch until it has succeeded, and makes each once.
 
     Private: ``epoch_loop._results.log``, ``.batch`` and ``.batch_size`` (2.0 to 2.6).
     """
@@ -238,6 +238,7 @@ class LogBuffer:
     def __init__(self, trainer: Trainer) -> None:
         self._results: Any = trainer.fit_loop.epoch_loop._results
         self._calls: dict[tuple[str, str], list[tuple[Any, int, dict[str, Any]]]] = {}
+        self._parts = 0
         self._size = 0
 
     def __enter__(self) -> LogBuffer:
@@ -252,24 +253,25 @@ class LogBuffer:
     def start_part(self, part: Any, size: int) -> None:
         """The next calls speak of ``part``, which has ``size`` samples."""
         self._results.batch, self._results.batch_size = part, None
+        self._parts += 1
         self._size = size
 
-    def _record(
-        self, fx: str, name: str, value: Any, *args: Any, batch_size: int | None = None, **kwargs: Any
-    ) -> None:
-        if args:
-            names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist")
-            kwargs.update(zip(names, args, strict=False))
+    def _record(self, fx: str, name: str, value: Any, **kwargs: Any) -> None:
         value = value.detach() if isinstance(value, Tensor) and not kwargs.get("enable_graph") else value
-        self._calls.setdefault((fx, name), []).append((value, batch_size or self._size, kwargs))
+        self._calls.setdefault((fx, name), []).append((value, self._size, kwargs))
 
     def commit(self) -> None:
-        """Make every collected call, its values merged by its own reduction. Call after the context."""
+        """Make every collected call, the values of the parts merged. Call after the context."""
         for (fx, name), calls in self._calls.items():
-            values, sizes, kwargs = [c[0] for c in calls], [c[1] for c in calls], calls[-1][2]
-            value = _merge(values, sizes, kwargs.get("reduce_fx", torch.mean))
-            self._results.log(fx, name, value, batch_size=sum(sizes), **kwargs)
+            for value, kwargs in [self._merged(calls)] if self._parts > 1 else [(c[0], c[2]) for c in calls]:
+                self._results.log(fx, name, value, **kwargs)
         self._calls.clear()
+
+    @staticmethod
+    def _merged(calls: list[tuple[Any, int, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
+        sizes = [kwargs.get("batch_size") or size for _, size, kwargs in calls]
+        kwargs = {**calls[-1][2], "batch_size": sum(sizes)}
+        return _merge([c[0] for c in calls], sizes, kwargs.get("reduce_fx", torch.mean)), kwargs
 
 
 def _merge(values: list[Any], sizes: list[int], reduce_fx: Any) -> Any:

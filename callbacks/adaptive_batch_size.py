@@ -99,7 +99,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._lr_scaling = lr_scaling
         self._bounds = (min_batch_size, max_batch_size)
         self._clock_name = schedule_clock
-        self._micro_batch_size = micro_batch_size if isinstance(micro_batch_size, int) else None
+        self._micro_batch_size = micro_batch_size
         self._loss_reduction = loss_reduction
         self._weight_fn = weight_fn
         self._batch_size_of = batch_size_of
@@ -131,6 +131,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._due: list[int] = []
         self._update_mark: Mark | None = None
         self._host_mark: float | None = None
+        self._noted: str | None = None
 
     @property
     def batch_size(self) -> int | None:
@@ -154,9 +155,12 @@ class AdaptiveBatchSize(CallbackBase):
         self._trainer = trainer
         self._executor = UpdateExecutor(
             trainer,
-            micro_batch_size=self._micro_batch_size,
+            pl_module,
+            micro_batch_size=self._micro_batch_size if isinstance(self._micro_batch_size, int) else None,
             loss_reduction=self._loss_reduction,
             weight_fn=self._weight_fn,
+            recovers=self._micro_batch_size is not None,
+            probes=self._dry_run,
         )
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
         self._limit = trainer.limit_train_batches
@@ -320,8 +324,7 @@ class AdaptiveBatchSize(CallbackBase):
         return len(range(self._sampler.rank, draw.size, self._sampler.world_size))
 
     def _measures(self) -> bool:
-        needs = self._controller.policy_needs if self._dry_run else self._controller.needs
-        return "noise" in needs and measures_noise(self._updates)
+        return "noise" in self._controller.needs and measures_noise(self._updates)
 
     def _make_closure(self, original: Callable[..., Any], kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
         if not self._active:
@@ -443,12 +446,19 @@ class AdaptiveBatchSize(CallbackBase):
         )
 
     def _note(self, trainer: Trainer) -> None:
+        for failure in self._executor.failures:
+            self._remark(trainer, failure)
+        self._executor.failures.clear()
         note = self._controller.note
-        if note is None or (self.history.notes and self.history.notes[-1].reason == note):
+        if note is None or note == self._noted:
             return
+        self._noted = note
+        self._remark(trainer, note)
+
+    def _remark(self, trainer: Trainer, sentence: str) -> None:
         size = self._controller.batch_size or self._reference
-        self.history.notes.append(self._change(trainer, size, size, note))
-        self._say(trainer, f"batch size {note}")
+        self.history.notes.append(self._change(trainer, size, size, sentence))
+        self._say(trainer, sentence)
 
     def _say(self, trainer: Trainer, sentence: str) -> None:
         if self._verbose and trainer.is_global_zero:

@@ -361,13 +361,22 @@ class TestGoodputOnARealRun:
         assert callback.history.changes or callback.history.notes
 
     def test_dry_run_says_what_it_would_do_and_changes_nothing(self) -> None:
-        plain, dry = Classifier(dropout=0.0), Classifier(dropout=0.0)
+        plain, dry = Classifier(), Classifier()
         fit(plain, loader())
         callback = AdaptiveBatchSize(lambda m: 64, max_batch_size=64, adjust_every=1, dry_run=True)
         fit(dry, loader(), [callback])
         assert identical(weights(plain), weights(dry))
         assert [(c.previous, c.batch_size) for c in callback.history.changes] == [(16, 64)]
         assert callback.batch_size == 16
+
+    def test_dry_run_measures_the_noise_by_passes_that_leave_no_trace(self) -> None:
+        plain, dry = Classifier(), Classifier()
+        fit(plain, loader(), max_epochs=6)
+        callback = AdaptiveBatchSize(dry_run=True)
+        fit(dry, loader(), [callback], max_epochs=6)
+        assert callback.controller.noise.measurements > 10
+        assert identical(weights(plain), weights(dry))
+        assert plain.logged == dry.logged
 
     def test_default_bounds_are_the_loaders_size_and_a_tenth_of_the_data(self) -> None:
         callback = AdaptiveBatchSize(lambda m: 10**6, adjust_every=1)

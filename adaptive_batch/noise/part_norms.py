@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 import torch
@@ -24,14 +24,19 @@ def _norm(gradient: Tensor) -> Tensor:
 
 def grad_sq_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
     """Squared norm of all gradients together, as a tensor on their device; ``None`` without gradients."""
-    gradients = [_values(p.grad) for p in parameters if p.grad is not None]
+    gradients = [_values(p.grad) for p in dict.fromkeys(parameters) if p.grad is not None]
     if not gradients:
         return None
     if any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients):
-        norms = [_norm(g) for g in gradients]
-    else:
-        norms = list(torch._foreach_norm(gradients))
-    return torch.linalg.vector_norm(torch.stack(norms)).square()
+        return _joint_norm([_norm(g) for g in gradients]).square()
+    return _joint_norm(torch._foreach_norm(gradients)).square()
+
+
+def _joint_norm(norms: Sequence[Tensor]) -> Tensor:
+    """Norm of the whole from those of its pieces, which may lie on several devices; 0 without pieces."""
+    if not norms:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
 class PartNorms:
@@ -46,7 +51,7 @@ class PartNorms:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._parameters = [p for p in parameters if p.requires_grad]
+        self._parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
         self._handles: list[RemovableHandle] = []
         self._norms: list[Tensor] = []
         self.sq_norms: list[Tensor] = []
@@ -68,14 +73,12 @@ class PartNorms:
         self._norms.append(_norm(gradient))
 
     def end_part(self, size: int, weight: float | Tensor) -> None:
-        """Close the part whose backward pass has just ended.
+        """Close the part whose backward pass has just ended; one that reached no parameter has a norm of 0.
 
         Args:
             size: its samples.
             weight: what its mean gradient was multiplied with (its share of the update, a loss scale).
         """
-        if self._norms:
-            norm = torch.linalg.vector_norm(torch.stack(self._norms))
-            self.sq_norms.append((norm / weight).square())
-            self.sizes.append(size)
-            self._norms.clear()
+        self.sq_norms.append((_joint_norm(self._norms) / weight).square())
+        self.sizes.append(size)
+        self._norms.clear()

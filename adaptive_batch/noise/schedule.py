@@ -12,10 +12,9 @@ RATE = 3.0
 def measures_noise(update: int) -> bool:
     """Whether update ``update`` (from 0) is one of the measured ones.
 
-    After ``u`` updates ``3 sqrt(u)`` have been measured, and each of the first nine: dense while the noise scale
-    moves by orders of magnitude, ever sparser as it settles, with the same number of measurements each
-    time the run's age doubles by a given factor. The cost's share of the run goes to zero. It depends on the
-    count alone, so a resumed run measures the same updates.
+    Each of the first nine is, and after ``u`` updates ``3 sqrt(u)`` have been: dense while the noise scale
+    moves by orders of magnitude, ever sparser as it settles, with the measurements' share of the run, and
+    their cost, going to zero. It depends on the count alone, so a resumed run measures the same updates.
     """
     return math.floor(_measured(update + 1)) > math.floor(_measured(update))
 

@@ -1,0 +1,634 @@
+"""Decisions of the controller in simulated runs: the truth is known, and nothing reads a clock."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptive_batch import controller as controller_module
+from adaptive_batch.controller import BatchSizeController, Decision
+from adaptive_batch.measurement import Measurement
+from adaptive_batch.noise.schedule import measures_noise
+from adaptive_batch.policies import Constant, Goodput, Milestones, NoiseScale
+
+B0 = 32
+D = 50  # effective dimensions of the gradient noise
+SENTENCE = re.compile(
+    r"^\d+ -> \d+: noise scale [\d.]+ \[[\d.]+, [\d.]+\], "
+    r"(predicted [+-]\d+ % goodput|to learn the time of a larger update)$"
+)
+
+
+def controller_of(policy: Any = "goodput", **options: Any) -> BatchSizeController:
+    options = {"lr_scaling": "adascale", "reference_batch_size": B0, "max_batch_size": 4096, **options}
+    return BatchSizeController(policy, **options)
+
+
+def part_norms(rng: np.random.Generator, phi: float, sizes: list[int]) -> tuple[list[float], float]:
+    """Of parts drawn with ``|G|^2 = 1`` and ``tr(Sigma) = phi`` in ``D`` equal directions (``phi`` inf: G = 0)."""
+    signal, variance = (0.0, 1.0) if math.isinf(phi) else (1.0, phi)
+    parts = rng.standard_normal((len(sizes), D)) * np.sqrt(variance / D / np.array(sizes))[:, None]
+    parts[:, 0] += signal
+    whole = np.array(sizes) @ parts / sum(sizes)
+    return (parts**2).sum(1).tolist(), float(whole @ whole)
+
+
+class Run:
+    """A run that takes ``time(B)`` seconds for an update and has the noise scale ``phi(run)``."""
+
+    def __init__(
+        self,
+        controller: BatchSizeController,
+        *,
+        phi: float | Callable[[Run], float] = 320.0,
+        time: Callable[[int], float] = lambda b: 2.0 + b / 32,
+        seed: int = 0,
+        jitter: float = 0.1,
+        passes: bool = True,
+        edit: Callable[[Measurement], Measurement] = lambda m: m,
+    ) -> None:
+        self.controller, self.time, self.jitter, self.passes, self.edit = (
+            controller,
+            time,
+            jitter,
+            passes,
+            edit,
+        )
+        self.phi = phi if callable(phi) else lambda run: phi
+        self.rng = np.random.default_rng(seed)
+        self.batch_size = controller.batch_size or B0
+        self.update = self.samples = 0
+        self.changes: list[tuple[int, Decision]] = []
+        self.notes: list[str] = []
+        self.sizes: list[int] = []
+
+    def seconds(self, samples: int) -> float:
+        slow = 10.0 if self.jitter and self.rng.random() < 0.01 else 1.0
+        return self.time(samples) * slow * math.exp(self.jitter * self.rng.standard_normal())
+
+    def measurement(self, samples: int) -> Measurement:
+        fields: dict[str, Any] = {}
+        sizes = [samples]
+        if measures_noise(self.update - 1) and samples > 1:
+            sizes = [samples - samples // 2, samples // 2]
+            norms, norm = part_norms(self.rng, self.phi(self), sizes)
+            fields = {"part_sq_norms": norms, "part_sizes": sizes, "sq_norm": norm}
+        times = [self.seconds(size) for size in sizes]
+        if self.passes:
+            fields |= {"pass_sizes": sizes, "pass_seconds": [0.9 * t for t in times]}
+        return Measurement(
+            update=self.update,
+            samples=self.samples,
+            batch_size=samples,
+            reference_batch_size=B0,
+            loss=1.0,
+            seconds=sum(times),
+            **fields,
+        )
+
+    def step(self, samples: int | None = None) -> Decision | None:
+        samples = samples or self.batch_size
+        self.update += 1
+        self.samples += samples
+        self.sizes.append(samples)
+        decision = self.controller.observe(self.edit(self.measurement(samples)))
+        if decision is not None:
+            self.batch_size = decision.batch_size
+            self.changes.append((self.update, decision))
+        note = self.controller.note
+        if note is not None and note not in self.notes[-1:]:
+            self.notes.append(note)
+        return decision
+
+    def steps(self, updates: int) -> Run:
+        for _ in range(updates):
+            self.step()
+        return self
+
+
+def decisions(run: Run) -> list[Decision]:
+    return [decision for _, decision in run.changes]
+
+
+class Asked:
+    """A policy that proposes what it is given, one after the other, and remembers what it saw."""
+
+    name = "asked"
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, *proposals: Any) -> None:
+        self.proposals = list(proposals)
+        self.seen: list[Measurement] = []
+
+    def propose(self, measurement: Measurement) -> float:
+        self.seen.append(measurement)
+        return self.proposals[min(len(self.seen), len(self.proposals)) - 1]
+
+
+def answers(policy: Any, updates: int, **options: Any) -> list[int]:
+    """Sizes in force after each question, for a policy asked at every update."""
+    controller = controller_of(
+        policy, lr_scaling="none", **{"adjust_every": 1, "max_batch_size": None, **options}
+    )
+    run = Run(controller, jitter=0.0)
+    return [(run.step(), run.batch_size)[1] for _ in range(updates)]
+
+
+class TestGoodputInSimulation:
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize(
+        ("phi", "alpha", "beta"),
+        [(32.0, 2.0, 1 / 32), (160.0, 2.0, 1 / 32), (320.0, 8.0, 1 / 32), (500.0, 1.0, 1 / 100)],
+    )
+    def test_settles_near_the_optimum(self, phi, alpha, beta, seed):
+        run = Run(controller_of(), phi=phi, time=lambda b: alpha + beta * b, seed=seed).steps(3000)
+        optimum = math.sqrt(phi * alpha / beta)
+        assert optimum / 2 <= run.batch_size <= 2 * optimum
+        assert len(run.changes) <= 8
+
+    def test_every_change_is_a_step_of_two_after_a_dwell_and_says_why(self):
+        run = Run(controller_of(), phi=lambda r: 320.0 if r.update < 1500 else 10.0).steps(4000)
+        assert max(run.sizes) >= 128
+        assert run.batch_size == B0  # it shrinks again
+        updates = [0, *(update for update, _ in run.changes)]
+        assert min(np.diff(updates)) >= controller_module.MIN_DWELL
+        for decision in decisions(run):
+            assert max(decision.batch_size, decision.previous) == 2 * min(
+                decision.batch_size, decision.previous
+            )
+            assert SENTENCE.match(decision.reason), decision.reason
+            assert float(decision.reason.split("predicted ")[1].split(" %")[0]) >= 5
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_step_time_proportional_to_the_batch_never_grows_and_says_why(self, seed):
+        run = Run(controller_of(), time=lambda b: b / 1000, seed=seed).steps(1500)
+        assert run.changes == []
+        assert any("an update of 64 takes 2" in n or "an update of 64 takes 1.9" in n for n in run.notes), (
+            run.notes
+        )
+
+    def test_a_size_that_turns_out_slow_is_left_again(self):
+        cliff = 128
+        run = Run(controller_of(), phi=2000.0, time=lambda b: 1 + b / 100 + (b >= cliff) * b / 10).steps(6000)
+        assert max(run.sizes) == cliff  # it did try
+        assert run.sizes.count(cliff) < 0.1 * len(run.sizes)
+        assert run.batch_size == cliff // 2
+
+    def test_the_optimum_is_followed_when_the_noise_scale_jumps(self):
+        run = Run(controller_of(), phi=lambda r: min(640.0, 10.0 * math.exp(r.update / 100))).steps(6000)
+        assert run.sizes[40] == B0
+        assert run.batch_size >= 100
+
+    def test_reasons_to_stay_are_given_once_between_changes(self):
+        run = Run(controller_of(), phi=50.0).steps(4000)
+        kinds = 6
+        assert len(run.notes) <= kinds * (len(run.changes) + 1)
+        assert len(run.notes) < 20
+        assert all(re.match(r"^\d+ stays: ", note) for note in run.notes)
+
+    def test_a_time_that_no_pass_tells_is_learned_by_one_step(self):
+        run = Run(controller_of(), phi=320.0, passes=False).steps(2000)
+        first = run.changes[0][1]
+        assert (first.previous, first.batch_size) == (B0, 2 * B0)
+        assert first.reason.endswith("to learn the time of a larger update")
+        assert 70 <= run.batch_size <= 290
+
+    def test_a_step_to_learn_the_time_is_taken_back_where_it_does_not_pay(self):
+        run = Run(controller_of(), passes=False, time=lambda b: b / 1000).steps(3000)
+        assert [d.batch_size for d in decisions(run)] == [2 * B0, B0]
+        assert run.sizes.count(2 * B0) <= 3 * controller_module.MIN_DWELL
+
+    @pytest.mark.parametrize("phi", [20.0, math.inf])
+    def test_no_step_to_learn_the_time_above_the_noise_scale_or_without_one(self, phi):
+        assert Run(controller_of(), passes=False, phi=phi).steps(500).changes == []
+
+
+class TestHazards:
+    """What made other controllers run away."""
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_without_a_gradient_signal_nothing_changes(self, seed):
+        run = Run(controller_of(), phi=math.inf, seed=seed).steps(600)
+        assert max(run.sizes) <= 2 * B0  # at 99 % one chance finding in some runs, never a run away
+        assert run.changes == [] or seed > 0
+
+    @pytest.mark.parametrize("policy", ["goodput", "noise_scale"])
+    def test_a_negative_gradient_norm_is_no_evidence(self, policy):
+        def negative(m: Measurement) -> Measurement:
+            # The whole's norm is below what the parts' noise alone would leave: |G|^2 < 0, significantly.
+            return (
+                replace(m, part_sq_norms=(9.0, 11.0), sq_norm=3.0 + 0.1 * (m.update % 3))
+                if m.part_sizes
+                else m
+            )
+
+        run = Run(controller_of(policy), edit=negative).steps(600)
+        assert run.controller.noise.grad_sq_norm < 0
+        assert run.changes == []
+        assert run.notes == ["32 stays: the gradient noise scale is not identified yet"]
+        assert run.controller.lr_factor(256) == 1.0
+
+    def test_the_first_noisy_updates_decide_nothing(self):
+        for seed in range(20):
+            run = Run(controller_of(), phi=5000.0, seed=seed).steps(controller_module.MIN_DWELL - 1)
+            assert run.changes == []
+
+    def test_outliers_in_seconds_do_not_decide(self):
+        def slow(m: Measurement) -> Measurement:
+            return replace(m, seconds=1000.0) if m.update % 7 == 0 else m
+
+        plain = Run(controller_of(), phi=160.0).steps(2000)
+        outliers = Run(controller_of(), phi=160.0, edit=slow).steps(2000)
+        assert outliers.batch_size / plain.batch_size in (0.5, 1.0, 2.0)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 0.0])
+    def test_seconds_that_are_no_time_are_not_used(self, bad):
+        run = Run(controller_of(), edit=lambda m: replace(m, seconds=bad)).steps(300)
+        assert run.changes == []
+        assert run.controller.step_time.measured == []
+        assert "32 stays: the time of a larger update is not known yet" in run.notes
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_norms_and_losses_that_are_not_finite_are_not_used(self, bad):
+        def sometimes(m: Measurement) -> Measurement:
+            norm = bad if m.update % 3 == 0 else m.sq_norm
+            return replace(m, loss=bad, sq_norm=norm)
+
+        run = Run(controller_of(), phi=160.0, edit=sometimes).steps(2000)
+        assert 64 <= run.batch_size <= 256
+        assert math.isfinite(run.controller.noise.grad_sq_norm)
+
+    def test_noise_that_follows_size_over_rate_settles_with_the_scaled_rate(self):
+        # The plateau of phi is proportional to B / lr; AdaScale's gain keeps B / lr from running away.
+        def phi(run: Run) -> float:
+            return 100.0 * run.batch_size / B0 / run.controller.lr_factor(run.batch_size)
+
+        run = Run(controller_of("noise_scale", max_batch_size=4096), phi=phi).steps(6000)
+        assert max(run.sizes) < 4096
+        assert len(set(run.sizes[-2000:])) == 1
+
+    def test_noise_that_runs_away_stops_at_the_maximum(self):
+        run = Run(
+            controller_of("noise_scale", max_batch_size=512, lr_scaling="none"),
+            phi=lambda r: 8.0 * r.batch_size,
+        )
+        run.steps(4000)
+        assert max(run.sizes) == run.batch_size == 512
+        assert run.controller.note is not None
+        assert run.controller.note.endswith("max_batch_size is 512")
+
+    @given(phi=st.floats(0, 1e30), size=st.integers(1, 10**6))
+    def test_the_rate_is_never_scaled_by_more_than_the_batch(self, phi, size):
+        controller = controller_of()
+        state = controller.state_dict()
+        controller.load_state_dict({**state, "noise_scale": phi})
+        factor = controller.lr_factor(size)
+        assert min(1.0, size / B0) * (1 - 1e-9) <= factor <= max(1.0, size / B0) * (1 + 1e-9)
+
+    @pytest.mark.parametrize("every", [3, 11, 50])
+    def test_the_odd_tail_of_an_epoch_does_not_disturb(self, every):
+        run = Run(controller_of(), phi=160.0)
+        for i in range(1, 2001):
+            run.step(7 if i % every == 0 else None)
+        assert 64 <= run.batch_size <= 256
+        assert all(size >= B0 for size in run.controller.step_time.measured)
+
+    def test_batches_fetched_before_a_change_are_not_its_times(self):
+        # The first update of each size would be ten times as long as it should.
+        run = Run(controller_of(), phi=320.0, jitter=0.0)
+        for _ in range(1500):
+            late = run.changes and run.update - run.changes[-1][0] < 4
+            run.step(run.changes[-1][1].previous if late else None)
+        assert run.batch_size >= 64
+        for size in run.controller.step_time.measured:
+            halves = run.time(size - size // 2) + run.time(size // 2)  # an update that was measured
+            assert run.controller.step_time.predict(size) in pytest.approx(run.time(size)) or pytest.approx(
+                halves
+            )
+
+
+class TestRounding:
+    def test_schedules_are_only_rounded_and_clamped(self):
+        sizes = answers(Asked(10, 48.4, 1000, 5000, 3, -7, 0), 7, min_batch_size=8, max_batch_size=777)
+        assert sizes == [10, 48, 777, 777, 8, 8, 8]
+
+    def test_functions_too_and_at_the_very_first_update(self):
+        assert answers(lambda m: 100.0 * m.update, 3) == [100, 200, 300]
+
+    def test_milestones_and_constant(self):
+        assert answers(Milestones({2: 50, 4: 70}, unit="updates"), 5) == [32, 50, 50, 70, 70]
+        assert answers(Constant(), 3) == [32] * 3
+        assert answers(Constant(100), 2) == [100] * 2
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_proposals_that_are_not_finite_change_nothing(self, bad):
+        for quantize in (True, False):
+            controller = controller_of(Asked(bad), adjust_every=1, quantize=quantize)
+            assert Run(controller).steps(30).changes == []
+            assert controller.note == f"32 stays: the policy proposed {bad}"
+
+    @pytest.mark.parametrize("bad", [None, "many", [64]])
+    def test_proposals_that_are_no_numbers_are_refused(self, bad):
+        with pytest.raises(TypeError, match="asked proposed .* return a number of samples"):
+            answers(Asked(bad), 1)
+
+    def test_the_reason_names_the_policy_that_gives_none(self):
+        run = Run(controller_of(Asked(48), adjust_every=1)).steps(1)
+        assert decisions(run) == [Decision(48, 32, "32 -> 48: asked proposes 48")]
+
+    def test_quantize_forces_steps_of_two_and_the_dwell(self):
+        run = Run(controller_of(Asked(1000), adjust_every=1, quantize=True)).steps(150)
+        assert [d.batch_size for d in decisions(run)] == [64, 128, 256, 512]
+        assert min(np.diff([update for update, _ in run.changes])) == controller_module.MIN_DWELL
+
+    def test_without_quantize_the_noise_scale_is_followed_at_once(self):
+        controller = controller_of("noise_scale", quantize=False)
+        run = Run(controller, phi=320.0).steps(400)
+        assert run.changes[0][0] <= 40
+        assert any(math.log2(size / B0) % 1 for size in run.sizes)
+
+    @pytest.mark.parametrize("maximum", [100, 127, 1000])
+    def test_a_maximum_off_the_grid_is_reached_and_left_onto_the_grid(self, maximum):
+        policy = Asked(*[1e6] * 200, *[1] * 200)
+        run = Run(controller_of(policy, adjust_every=1, quantize=True, max_batch_size=maximum)).steps(400)
+        grid = [B0 * 2**k for k in range(6) if B0 * 2**k < maximum]
+        assert [d.batch_size for d in decisions(run)] == [*grid[1:], maximum, *grid[::-1]]
+        note = run.notes[0]
+        assert note == f"{maximum} stays: asked proposes 1000000, max_batch_size is {maximum}"
+
+    @pytest.mark.parametrize("minimum", [1, 3, 10])
+    def test_below_the_reference_the_grid_goes_on_to_the_minimum(self, minimum):
+        run = Run(controller_of(Asked(1), adjust_every=1, quantize=True, min_batch_size=minimum)).steps(200)
+        grid = [B0 // 2**k for k in range(1, 6) if B0 // 2**k > minimum]
+        assert [d.batch_size for d in decisions(run)] == [*grid, minimum]
+
+    @pytest.mark.parametrize(("bounds", "size"), [({"min_batch_size": 50}, 50), ({"max_batch_size": 20}, 20)])
+    def test_a_start_outside_the_bounds_is_left_at_the_first_question(self, bounds, size):
+        run = Run(controller_of("goodput", **bounds)).steps(10)
+        assert run.batch_size == size
+        assert decisions(run)[0].reason == f"32 -> {size}: {next(iter(bounds))} is {size}"
+
+    @given(
+        step=st.integers(1, 12),
+        proposals=st.lists(st.floats(-10, 1e4), min_size=1, max_size=30),
+        maximum=st.integers(12, 5000),
+        quantize=st.booleans(),
+    )
+    def test_every_size_is_a_multiple_within_the_bounds(self, step, proposals, maximum, quantize):
+        controller = controller_of(
+            Asked(*proposals),
+            adjust_every=7,
+            quantize=quantize,
+            multiple_of=step,
+            reference_batch_size=step,
+            min_batch_size=step,
+            max_batch_size=maximum,
+        )
+        run = Run(controller, jitter=0.0)
+        for _ in range(7 * len(proposals)):
+            decision = run.step()
+            if decision is not None:
+                assert decision.batch_size % step == 0
+                assert step <= decision.batch_size <= maximum
+                assert decision.batch_size != decision.previous
+                assert not quantize or decision.batch_size <= 2 * decision.previous + step
+
+    def test_the_policy_is_asked_once_every_so_many_updates(self):
+        for quantize in (True, False):
+            policy = Asked(64)
+            policy.needs = frozenset({"noise"})
+            Run(controller_of(policy, adjust_every=25, quantize=quantize)).steps(249)
+            assert [m.update for m in policy.seen] == list(range(25, 250, 25))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"adjust_every": 0},
+            {"adjust_every": True},
+            {"adjust_every": 2.5},
+            {"multiple_of": 0},
+            {"min_batch_size": 0},
+            {"max_batch_size": 2.5},
+            {"min_batch_size": 64, "max_batch_size": 32},
+            {"reference_batch_size": 0},
+            {"reference_batch_size": 32.0},
+        ],
+    )
+    def test_bad_arguments_are_refused(self, options):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            controller_of(**options)
+
+
+class TestWhatAPolicySees:
+    def test_plain_numbers_and_the_estimates(self):
+        policy = Asked(32)
+        Run(controller_of(policy), phi=160.0).steps(500)
+        seen = policy.seen[-1]
+        assert seen.interval[0] < seen.noise_scale < seen.interval[1]
+        assert seen.noise_scale == pytest.approx(seen.grad_variance / seen.grad_sq_norm)
+        assert seen.step_time is not None
+        assert seen.step_time.predict(32) == pytest.approx(3.0, rel=0.2)
+        assert (seen.batch_size, seen.loss, seen.part_sizes, seen.pass_sizes) == (32, 1.0, (), ())
+
+    def test_tensors_are_read_together_and_only_when_the_policy_is_asked(self, monkeypatch):
+        reads = []
+        real = controller_module.read_numbers
+        monkeypatch.setattr(
+            controller_module, "read_numbers", lambda values: (reads.append(len(values)), real(values))[1]
+        )
+
+        def on_device(m: Measurement) -> Measurement:
+            norms = torch.tensor(m.part_sq_norms) if m.part_sizes else ()
+            return replace(m, part_sq_norms=norms, sq_norm=torch.tensor(m.sq_norm), loss=torch.tensor(m.loss))
+
+        policy = Asked(32)
+        tensors = Run(controller_of(policy), edit=on_device).steps(40)
+        assert len(reads) == 4
+        assert policy.seen[0].loss == 1.0
+        numbers = Run(controller_of(Asked(32))).steps(40)
+        assert tensors.controller.noise.noise_scale == pytest.approx(
+            numbers.controller.noise.noise_scale, rel=1e-3
+        )
+
+    def test_what_nobody_needs_is_not_asked_for(self):
+        assert controller_of(Constant()).needs == frozenset()
+        assert controller_of("goodput", lr_scaling="none").needs == {"noise", "step_time"}
+        assert controller_of(Asked(1), lr_scaling="sqrt").needs == frozenset()
+        assert controller_of(Asked(1)).needs == {"noise"}
+        assert controller_of(Asked(1)).policy_needs == frozenset()
+
+    def test_the_reference_size_comes_with_the_first_measurement(self):
+        controller = BatchSizeController(lambda m: 48, lr_scaling="linear")
+        assert controller.batch_size is None
+        assert controller.lr_factor(64) == 1.0
+        controller.observe(Measurement(batch_size=16, reference_batch_size=16))
+        assert (controller.reference_batch_size, controller.batch_size) == (16, 16)
+        assert controller.lr_factor(64) == 4.0
+
+    def test_the_factor_uses_the_last_noise_scale_that_was_identified(self):
+        run = Run(controller_of(), phi=lambda r: 100.0 if r.update < 300 else math.inf).steps(300)
+        known = run.controller.noise_scale
+        assert 60 < known < 160
+        while math.isfinite(run.controller.noise.noise_scale):
+            known = run.controller.noise_scale
+            run.steps(10)
+        assert run.controller.noise_scale == known
+        assert run.controller.lr_factor(64) == pytest.approx((1 + known / 32) / (1 + known / 64))
+
+
+def reloaded(state: dict[str, Any]) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+class Counting:
+    """A policy with a memory of its own."""
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def propose(self, measurement: Measurement) -> float:
+        self.count += 1
+        return 32.0 + self.count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, dict) or not isinstance(state.get("count"), int):
+            raise ValueError("no state of Counting")
+        self.count = state["count"]
+
+
+class TestState:
+    @pytest.mark.parametrize("at", [0, 5, 10, 93, 400, 1217])
+    @pytest.mark.parametrize("policy", ["goodput", "noise_scale", Counting])
+    def test_a_restored_controller_goes_on_bit_for_bit(self, at, policy):
+        def on_device(m: Measurement) -> Measurement:
+            norms = [torch.tensor(n) for n in m.part_sq_norms]
+            return replace(m, part_sq_norms=norms, sq_norm=torch.tensor(m.sq_norm), loss=torch.tensor(0.1))
+
+        def make() -> BatchSizeController:
+            return controller_of(policy() if isinstance(policy, type) else policy)
+
+        whole, cut = (Run(make(), phi=160.0, edit=on_device) for _ in range(2))
+        whole.steps(at)
+        cut.steps(at)
+        state = reloaded(cut.controller.state_dict())
+        cut.controller = make()
+        cut.controller.load_state_dict(state)
+        assert repr(cut.controller.state_dict()) == repr(whole.controller.state_dict())
+        whole.steps(800)
+        cut.steps(800)
+        assert cut.changes == whole.changes
+        assert cut.controller.note == whole.controller.note
+        assert repr(cut.controller.state_dict()) == repr(whole.controller.state_dict())
+        assert cut.controller.lr_factor(77) == whole.controller.lr_factor(77)
+
+    def test_saving_does_not_change_the_run(self):
+        one, other = Run(controller_of(), phi=160.0), Run(controller_of(), phi=160.0)
+        for _ in range(300):
+            one.step()
+            one.controller.state_dict()
+        assert one.changes == other.steps(300).changes
+
+    def test_a_state_holds_no_part_of_the_controller(self):
+        run = Run(controller_of(), phi=160.0).steps(205)
+        state = run.controller.state_dict()
+        before = repr(state)
+        other = controller_of()
+        other.load_state_dict(state)
+        run.steps(300)
+        Run(other).steps(300)
+        assert repr(state) == before
+
+    def test_a_lower_maximum_at_resume_is_obeyed(self):
+        run = Run(controller_of(), phi=640.0).steps(3000)
+        assert run.batch_size >= 128
+        resumed = controller_of(max_batch_size=100)
+        resumed.load_state_dict(run.controller.state_dict())
+        run.controller = resumed
+        assert [run.step() for _ in range(10)][-1].batch_size == 100  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"reference_batch_size": 0},
+            {"batch_size": "64"},
+            {"batch_size": 64.0},
+            {"note": 3},
+            {"noted": "near"},
+            {"updates": -1},
+            {"updates": None},
+            {"changed_at": 1.5},
+            {"measured_samples": None},
+            {"settled": True},
+            {"noise_scale": None},
+            {"noise_scale": -2.0},
+            {"noise": {}},
+            {"step_time": {}},
+            {"step_time": None},
+            {"pending": None},
+            {"pending": [3]},
+            {"pending": [{}]},
+            {"pending": [{"update": 3}]},
+            {"policy": {"count": None}},
+        ],
+    )
+    def test_a_malformed_state_is_refused_and_changes_nothing(self, wrong):
+        run = Run(controller_of(Counting()), phi=160.0).steps(208)
+        state = run.controller.state_dict()
+        other = Run(controller_of(Counting())).steps(33).controller
+        before = repr(other.state_dict())
+        with pytest.raises(ValueError):
+            other.load_state_dict({**state, **wrong})
+        with pytest.raises(ValueError, match="missing"):
+            other.load_state_dict({key: value for key, value in state.items() if key not in wrong})
+        assert repr(other.state_dict()) == before
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"batch_size": "32"},
+            {"part_sizes": [0, 3]},
+            {"part_sq_norms": [1.0]},
+            {"pass_sizes": [1.5, 2.5]},
+            {"pass_seconds": "ab"},
+            {"seconds": None},
+            {"unknown": 1},
+        ],
+    )
+    def test_a_malformed_pending_measurement_is_refused(self, wrong):
+        state = Run(controller_of()).steps(3).controller.state_dict()
+        pending = [*state["pending"][:-1], {**state["pending"][-1], **wrong}]
+        other = controller_of()
+        with pytest.raises(ValueError, match="pending measurement"):
+            other.load_state_dict({**state, "pending": pending})
+        assert repr(other.state_dict()) == repr(controller_of().state_dict())
+
+    def test_something_else_than_a_state_is_refused(self):
+        with pytest.raises(ValueError, match="not the state"):
+            controller_of().load_state_dict([1, 2])  # type: ignore[arg-type]
+
+
+def test_policies_of_the_same_run_agree_on_the_words() -> None:
+    """One number style: a change by either policy quotes the noise scale in the same way."""
+    for policy in (Goodput(), NoiseScale()):
+        run = Run(controller_of(policy), phi=320.0).steps(1500)
+        assert run.changes
+        for decision in decisions(run):
+            assert re.search(r": noise scale [\d.]+ \[[\d.]+, [\d.]+\]", decision.reason)
