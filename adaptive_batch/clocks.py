@@ -35,11 +35,17 @@ class SampleClock:
     """Counts the steps that per-update schedulers should have taken after so many samples.
 
     After ``s`` samples of an epoch they are ``epoch * U + min(U, ceil(s / B0))``, and all ``U`` of the epoch
-    at its end, so a schedule over the run still ends with the run when the batches grow.
+    at its end, so a schedule over the run still ends with the run when the batches grow. It does not pass the
+    schedule's horizon.
+
+    Args:
+        horizon: steps that plain Lightning would take at most in the whole run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, horizon: float = math.inf) -> None:
         self.taken = 0
+        self.total = 0
+        self.horizon = horizon
 
     def start_epoch(self) -> None:
         """At the start of an epoch, not of a resumed part of one."""
@@ -58,12 +64,14 @@ class SampleClock:
         if plain.updates is not None:
             target = plain.updates if last else min(target, plain.updates)
         due = [_batch_index(step, plain) for step in range(self.taken + 1, target + 1)]
+        due = due[: int(min(len(due), self.horizon - self.total))]
         self.taken = max(self.taken, target)
+        self.total += len(due)
         return due
 
     def state_dict(self) -> dict[str, float]:
-        """Steps taken in the running epoch."""
-        return {"taken": self.taken}
+        """Steps taken in the running epoch and in the run."""
+        return {"taken": self.taken, "total": self.total}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Put back what :meth:`state_dict` gave.
@@ -71,7 +79,8 @@ class SampleClock:
         Raises:
             ValueError: if the state is not one of this clock; nothing is changed then.
         """
-        self.taken = _checked_count(state)
+        taken, total = _checked_count(state), _checked_count(state, "total")
+        self.taken, self.total = taken, total
 
 
 class GainClock:
@@ -117,11 +126,11 @@ class GainClock:
         self.progress, self.taken = float(progress), taken
 
 
-def _checked_count(state: Mapping[str, float]) -> int:
-    taken = state.get("taken") if isinstance(state, Mapping) else None
-    if not isinstance(taken, int) or isinstance(taken, bool) or taken < 0:
-        raise ValueError(f"a clock's state cannot have taken={taken!r}; load what state_dict() returned.")
-    return taken
+def _checked_count(state: Mapping[str, float], name: str = "taken") -> int:
+    count = state.get(name) if isinstance(state, Mapping) else None
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ValueError(f"a clock's state cannot have {name}={count!r}; load what state_dict() returned.")
+    return count
 
 
 def _batch_index(step: int, plain: PlainEpoch) -> int:

@@ -85,6 +85,8 @@ class BatchSizeController:
         note: the newest reason to keep the size, ``None`` after a change; each is given once between changes.
         noise: the :class:`GradientNoiseScale` fed with the updates' parts.
         step_time: the :class:`StepTimeModel` fed with the updates' times.
+        exchange: on several ranks, makes one list of measurements of those that each rank made.
+        agree: on several ranks, gives all of them the same proposal.
 
     Raises:
         ValueError: for sizes below one, or a minimum above the maximum.
@@ -123,11 +125,14 @@ class BatchSizeController:
         self.batch_size = reference_batch_size
         self.note: str | None = None
         self._noted: list[str] = []
+        self.exchange: Callable[[list[Measurement]], list[Measurement]] | None = None
+        self.agree: Callable[[float], float] | None = None
         self._pending: list[Measurement] = []
         self._updates = 0
         self._changed_at = 0
         self._measured_samples = 0
         self._settled = 0
+        self._measured_run = 0
         self._last_noise_scale = math.nan
 
     @property
@@ -171,10 +176,13 @@ class BatchSizeController:
 
     def _absorb(self) -> float:
         """Read the pending measurements' numbers in one transfer and update the estimates; the last loss."""
-        last = self._pending[-1].loss
-        unread = [n for m in self._pending for n in (*m.part_sq_norms, m.sq_norm)]
+        pending = self._pending
+        if self.exchange is not None:
+            pending = self.exchange([Measurement(**_plain(m)) for m in pending])
+        last = pending[-1].loss
+        unread = [n for m in pending for n in (*m.part_sq_norms, m.sq_norm)]
         *norms, loss = read_numbers([*unread, last])
-        for m in self._pending:
+        for m in pending:
             count = len(m.part_sq_norms)
             self._absorb_noise(m, norms[:count], norms[count])
             self._absorb_time(m)
@@ -194,12 +202,16 @@ class BatchSizeController:
             self._last_noise_scale = self.noise.noise_scale
 
     def _absorb_time(self, m: Measurement) -> None:
+        measured = len(m.part_sq_norms) > 1
+        self._measured_run = self._measured_run + 1 if measured else 0
         if m.batch_size != self.batch_size:  # an epoch's tail, or fetched before the last change
             return
         self._settled += 1
         if self._settled <= SETTLE:
             return
-        self.step_time.update(m.batch_size, float(m.seconds))  # which skips what was not timed
+        # Split on purpose, an update takes longer than others do; it counts only if there are no others.
+        if not measured or len(m.pass_sizes) < 2 or self._measured_run > MIN_DWELL:
+            self.step_time.update(m.batch_size, float(m.seconds))  # which skips what was not timed
         for size, seconds in zip(m.pass_sizes, m.pass_seconds, strict=True):
             self.step_time.update_pass(size, float(seconds))
 
@@ -251,7 +263,8 @@ class BatchSizeController:
     def _proposal(self, m: Measurement) -> float:
         proposal: object = self.policy.propose(m)
         try:
-            return float(proposal)  # type: ignore[arg-type]  # refused below
+            own = float(proposal)  # type: ignore[arg-type]  # refused below
+            return own if self.agree is None else self.agree(own)
         except (TypeError, ValueError):
             raise TypeError(
                 f"{_name(self.policy)} proposed {proposal!r}, which is no batch size; "
@@ -264,7 +277,7 @@ class BatchSizeController:
             bound = "min_batch_size" if bounded > m.batch_size else "max_batch_size"
             return Decision(bounded, m.batch_size, f"{m.batch_size} -> {bounded}: {bound} is {bounded}")
         if "noise" in self.policy_needs and not math.isfinite(m.noise_scale):
-            return _Stay("noise", "the gradient noise scale is not identified yet")
+            return self._without_noise_scale(m)
         if "step_time" in self.policy_needs and not math.isfinite(self.step_time.predict(2 * m.batch_size)):
             return self._trial(m)
         size = self._neighbour(m.batch_size, proposal)
@@ -276,6 +289,16 @@ class BatchSizeController:
         if objection is not None:
             return objection
         return Decision(size, m.batch_size, f"{m.batch_size} -> {size}: {self._words(m, size, proposal)}")
+
+    def _without_noise_scale(self, m: Measurement) -> _Stay:
+        """Nothing changes; but where a larger update costs too much, no noise scale could make it pay."""
+        goodput = getattr(self.policy, "goodput", None)
+        size = self._clamp(self._grid_above(m.batch_size))
+        if goodput is not None and size > m.batch_size:
+            all_noise = replace(m, noise_scale=math.inf)
+            if goodput(size, all_noise) < (1 + MIN_PROMISE) * goodput(m.batch_size, all_noise):
+                return _Stay("cost", f"it would not pay at any noise scale{self._cost_in_words(m)}")
+        return _Stay("noise", "the gradient noise scale is not identified yet")
 
     @property
     def _is_new(self) -> bool:
@@ -380,6 +403,7 @@ class BatchSizeController:
             "changed_at": self._changed_at,
             "measured_samples": self._measured_samples,
             "settled": self._settled,
+            "measured_run": self._measured_run,
             "noise_scale": self._last_noise_scale,
             "noise": self.noise.state_dict(),
             "step_time": self.step_time.state_dict(),
@@ -411,6 +435,7 @@ class BatchSizeController:
         self._changed_at = state["changed_at"]
         self._measured_samples = state["measured_samples"]
         self._settled = state["settled"]
+        self._measured_run = state["measured_run"]
         self._last_noise_scale = state["noise_scale"]
 
 
@@ -499,6 +524,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "changed_at": _is_count,
     "measured_samples": _is_count,
     "settled": _is_count,
+    "measured_run": _is_count,
     "noise_scale": lambda value: _is_number(value) and not value < 0,
     "pending": lambda value: isinstance(value, list),
 }

@@ -130,7 +130,7 @@ class History:
         self._written += 1
 
     def _open(self) -> IO[str]:
-        """The file of older updates, cut behind those that this history has written (a killed run had more)."""
+        """The file of older updates, cut behind those that this history wrote (a killed run had more)."""
         assert self._path is not None
         if self._written and self._path.exists():
             file = self._path.open("r+", newline="", buffering=1)

@@ -19,9 +19,13 @@ Number = Union[float, Tensor]
 
 def read_numbers(values: Sequence[Number]) -> list[float]:
     """All numbers as floats, fetching those that live on a device in one transfer."""
-    tensors = [v.detach().reshape(()).float() for v in values if isinstance(v, Tensor)]
+    tensors = [_widened(v.detach().reshape(())) for v in values if isinstance(v, Tensor)]
     fetched = iter(torch.stack(tensors).tolist() if tensors else ())
     return [next(fetched) if isinstance(v, Tensor) else float(v) for v in values]
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()  # which MPS does not have
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Measurement:
     loss: Number = math.nan
     seconds: SupportsFloat = math.nan
     peak_memory: float = math.nan
-    part_sq_norms: Sequence[float] | Tensor = ()
+    part_sq_norms: Sequence[Number] = ()
     part_sizes: Sequence[int] = ()
     pass_sizes: Sequence[int] = ()
     pass_seconds: Sequence[SupportsFloat] = ()

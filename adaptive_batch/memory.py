@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "MemoryModel",
@@ -296,7 +297,7 @@ def device_budget(device: torch.device | str) -> int | None:
 
     In the unit of :class:`PeakMemory`: what is allocated already counts as used. It is the free memory
     plus all that PyTorch's allocator holds, capped by ``torch.cuda.set_per_process_memory_fraction``
-    (which can be read since PyTorch 2.7; before, the cap is not seen). The 5 % are for fragmentation and
+    (where this PyTorch can read it back; otherwise the cap is not seen). The 5 % are for fragmentation and
     for libraries that allocate on their own. It asks the driver: call it now and then, not per pass.
 
     Returns:
@@ -421,24 +422,25 @@ class PeakMemory:
         device: the CUDA device.
     """
 
-    _running: list[PeakMemory] = []  # noqa: RUF012 - all blocks of the process: the allocator is shared too
-
     def __init__(self, device: torch.device | str) -> None:
         self.bytes = self.before = 0
         self._device = torch.cuda.device(device).idx
 
     def __enter__(self) -> PeakMemory:
         self.before, peak = _allocated(self._device)
-        for block in self._running:
+        for block in _running_peaks:
             if block._device == self._device:
                 block.bytes = max(block.bytes, peak)
         torch.cuda.reset_peak_memory_stats(self._device)
-        self._running.append(self)
+        _running_peaks.append(self)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._running.remove(self)
+        _running_peaks.remove(self)
         self.bytes = max(self.bytes, _allocated(self._device)[1])
+
+
+_running_peaks: list[PeakMemory] = []  # of the whole process, as the allocator is
 
 
 def _allocated(device: int) -> tuple[int, int]:
@@ -451,8 +453,9 @@ class SavedBytes:
     """The most bytes that autograd holds for backward at any moment of a ``with`` block.
 
     Counted by hooks on saved tensors, so it is the same in every run and exactly linear in the samples
-    wherever the layers are. It is less than the whole need of a pass: temporaries, gradients and outputs
-    that backward does not use are not in it.
+    wherever the layers are: a size need not be measured often, which costs some microseconds per saved
+    tensor. It is less than the whole need of a pass: temporaries, gradients and outputs that backward
+    does not use are not in it.
 
     - A storage counts once, however many views of it are saved. What did not come out of the graph (a
       batch, a mask) counts with the part that is saved, so a micro-batch that is a view of its batch
@@ -483,7 +486,7 @@ class SavedBytes:
         self._hooks: saved_tensors_hooks | None = None
 
     def __enter__(self) -> SavedBytes:
-        if not _meters.running and _hooks_are_free():
+        if _hooks_are_free():
             self._hooks = saved_tensors_hooks(_pack, _unpack)
             self._hooks.__enter__()
         _meters.running.append(self)
@@ -526,7 +529,7 @@ class _Storage:
 
 
 class _Meters(threading.local):
-    """The blocks entered in this thread, outermost first; the outermost has the hooks."""
+    """The blocks entered in this thread; only the outermost can have set the hooks."""
 
     def __init__(self) -> None:
         self.running: list[SavedBytes] = []
@@ -608,7 +611,7 @@ def _strided_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
-    elif tensor.layout is torch.strided:
+    elif tensor.layout is torch.strided and not is_lazy(tensor):
         yield tensor
 
 

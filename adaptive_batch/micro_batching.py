@@ -229,8 +229,8 @@ def _split_sequence(value: Any, plan: _Plan, path: str) -> list[Any] | None:
         return _split_shared(value, plan, path, per_sample)
     if per_sample and len(value) > 1 and _looks_per_sample(value, path):
         raise _CannotSplit(
-            f"{path} has {plan.n} entries that are alike, and each could be one of the batch's {plan.n} samples or "
-            "have a row for each; put it into a type of its own and teach that with register_splitter."
+            f"{path} has {plan.n} entries that are alike, and each could be one of the {plan.n} samples "
+            "or have a row for each; put it into a type of its own and teach that with register_splitter."
         )
     rows = zip(*columns, strict=True)
     return [value._make(row) for row in rows] if named else _rebuilt(value, rows, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from adaptive_batch.callbacks import _lightning
@@ -12,7 +13,7 @@ from adaptive_batch.data import AdaptiveBatchSampler
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
-__all__ = ["EpochBooks", "plain_epoch"]
+__all__ = ["EpochBooks", "LoaderLimits", "plain_epoch"]
 
 
 def plain_epoch(
@@ -26,7 +27,7 @@ def plain_epoch(
 ) -> PlainEpoch:
     """What Lightning would make of an epoch, ``limit`` being its ``limit_train_batches``."""
     if data_samples is None:
-        return PlainEpoch(None, None, batch_size, accumulate)
+        return PlainEpoch(None, limit if isinstance(limit, int) else None, batch_size, accumulate)
     local, size = math.ceil(data_samples / world_size), batch_size // world_size
     batches = local // size if drop_last else math.ceil(local / size)
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -37,53 +38,111 @@ class EpochBooks:
     """Keeps the loop's length, its validation points and the progress bar in step with the sampler.
 
     Samples, not batches, are the unit: a validation interval that is a fraction of an epoch stays at the
-    sample counts that it has at the reference size.
+    sample counts that it has at the reference size. Where ``limit_train_batches`` is a number of batches the
+    epoch is that many batches long, and the fraction is one of batches.
+
+    Args:
+        trainer: whose loop this is.
+        plain: the epoch at the reference size.
+        sampler: what draws the batches.
+        limit: ``limit_train_batches`` as the user set it.
+        whole: samples of the epoch without a limit; ``None`` if the data has no length.
     """
 
     def __init__(
-        self, trainer: Trainer, plain: PlainEpoch, sampler: AdaptiveBatchSampler, limit: int | float
+        self,
+        trainer: Trainer,
+        plain: PlainEpoch,
+        sampler: AdaptiveBatchSampler,
+        limit: int | float,
+        *,
+        whole: int | None,
     ) -> None:
         self.plain = plain
         self._trainer = trainer
         self._sampler = sampler
         self._limit = limit
+        self._whole = plain.samples if isinstance(limit, float) else whole
         self._validated = False
+        self._running = False  # inside an epoch
         if isinstance(limit, float) and limit < 1.0 and plain.samples is not None:
             sampler.sample_limit = plain.samples  # a fraction of an epoch is so many samples
 
+    @property
+    def has_length(self) -> bool:
+        """Whether the sampler can say how many batches there are."""
+        return self._length() is not None
+
+    @property
+    def resized(self) -> bool:
+        """Whether batches are drawn at another size than the reference."""
+        return self._sampler.batch_size != self.plain.batch_size
+
+    def announce(self) -> None:
+        """Before training: an estimate for those who ask how many steps there will be."""
+        if self.has_length:
+            self.sync()
+        elif self.plain.batches is not None:
+            self._trainer.fit_loop.max_batches = self.plain.batches
+
     def start_epoch(self) -> None:
         """Before the epoch's first batch is fetched."""
-        self._validated = False
+        self._validated = self._running = False
         self.sync()
 
     def sync(self) -> None:
         """After the size has changed, before the next batch is fetched."""
-        try:
-            batches = len(self._sampler)
-        except TypeError:
-            return  # data without a length: Lightning finds the end by itself
-        if isinstance(self._limit, int):
-            batches = min(batches, self._limit)
-        _lightning.set_epoch_length(self._trainer, batches)
+        batches = self._length()
+        if batches is not None:
+            batches = min(batches, self._limit) if isinstance(self._limit, int) else batches
+            _lightning.set_epoch_length(self._trainer, batches)
+            return
+        _lightning.set_most_batches(self._trainer, self._limit if isinstance(self._limit, int) else math.inf)
+        if self.resized:
+            _lightning.lift_limits(self._trainer)
+            if self._running and not _lightning.epoch_ends(self._trainer):
+                _lightning.start_prefetching(self._trainer)
+
+    def start_batch(self) -> None:
+        """A limit in batches ends the epoch also where Lightning looks for the end of the data."""
+        self._running = True
+        if not self.has_length and _lightning.batches_started(self._trainer) == self._limit:
+            _lightning.mark_last_batch(self._trainer)
 
     def end_batch(self, before: int, position: int, *, last: bool) -> None:
         """Decide whether validation follows the batch that took the epoch from ``before`` to ``position`` samples."""
         trainer = self._trainer
-        if self.plain.batches is None or _lightning.validates_by_time(trainer):
+        if _lightning.validates_by_time(trainer):
             return
         if isinstance(trainer.val_check_interval, int):
             self._end_batch_by_count(last)
-        else:
+        elif self.plain.batches is not None:
             _lightning.validate_now(trainer, self._crosses(before, position, last))
 
+    def _length(self) -> int | None:
+        try:
+            return len(self._sampler)
+        except TypeError:
+            return None
+
     def _crosses(self, before: int, position: int, last: bool) -> bool:
-        assert self.plain.batches is not None and self.plain.samples is not None
+        assert self.plain.batches is not None
         every = max(1, int(self.plain.batches * self._trainer.val_check_interval))
         points = self.plain.batches // every
-        if last and every * points == self.plain.batches:
-            return True  # the last point is the epoch's end, wherever that comes to lie
-        step = every * self.plain.batch_size
-        return min(position // step, points) > min(before // step, points)
+        if every * points == self.plain.batches:
+            if last:
+                return True  # the last point is the epoch's end, wherever that comes to lie
+            points -= 1
+        started = _lightning.batches_started(self._trainer)
+        done, now = self._progress(started - 1, before), self._progress(started, position)
+        return min(now // every, points) > min(done // every, points)
+
+    def _progress(self, batches: int, position: int) -> int:
+        """How far the epoch is, in batches of the reference size."""
+        assert self.plain.batches is not None
+        by_samples = position * self.plain.batches // self._whole if self._whole else 0
+        by_batches = batches * self.plain.batches // self._limit if isinstance(self._limit, int) else 0
+        return max(by_samples, by_batches)
 
     def _end_batch_by_count(self, last: bool) -> None:
         """An interval in batches counts batches; one longer than a grown epoch validates at its end."""
@@ -95,3 +154,76 @@ class EpochBooks:
         if last and not self._validated and not due:
             _lightning.validate_now(trainer, True)
         self._validated = self._validated or due
+
+
+class LoaderLimits:
+    """Takes the limits that speak of a loader's length out of Lightning's hands while it sets the loader up.
+
+    Lightning counts them in batches of the loader as it stands, which may have grown since the user set them.
+
+    Args:
+        trainer: whose ``limit_train_batches`` and ``val_check_interval`` they are.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.limit: int | float = trainer.limit_train_batches
+        self._trainer = trainer
+        self._by_time = _lightning.validates_by_time(trainer)
+
+    def set_up(self, original: Callable[[], None]) -> None:
+        """Lightning's set-up of the training data, without limits that it would apply wrongly."""
+        trainer = self._trainer
+        interval = None if self._by_time else trainer.val_check_interval
+        if isinstance(self.limit, float) and 0 < self.limit < 1:
+            trainer.limit_train_batches = 1.0
+        if interval is not None:
+            trainer.val_check_interval = 1 if isinstance(interval, int) else 1.0
+        try:
+            original()
+        finally:
+            trainer.limit_train_batches = self.limit
+            if interval is not None:
+                trainer.val_check_interval = interval
+
+    def look_for_the_end(self) -> None:
+        """Let Lightning find the end of data without a length also under a limit in batches."""
+        self._trainer.limit_train_batches = 1.0
+
+    def apply(self, plain: PlainEpoch, *, has_length: bool) -> None:
+        """Set what depends on the interval, and refuse what cannot be kept.
+
+        Raises:
+            ValueError: for a limit or interval that does not fit the data.
+        """
+        self._check_limit(plain, has_length)
+        if self._by_time:
+            return
+        trainer, interval = self._trainer, self._trainer.val_check_interval
+        if not isinstance(interval, int):
+            if interval < 1 and plain.batches is None:
+                raise ValueError(
+                    f"val_check_interval={interval} is a fraction of an epoch, but the training data has no length; give "
+                    "a number of batches or a time."
+                )
+            return
+        trainer.val_check_batch = interval
+        per_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
+        if per_epoch and plain.batches is not None and interval > plain.batches:
+            raise ValueError(
+                f"val_check_interval={interval} is more than the {plain.batches} training batches of an epoch; make it "
+                "smaller, or set check_val_every_n_epoch=None to count batches over epochs."
+            )
+
+    def _check_limit(self, plain: PlainEpoch, has_length: bool) -> None:
+        if isinstance(self.limit, int) or self.limit in (0.0, 1.0):
+            return
+        if not has_length:
+            raise ValueError(
+                f"limit_train_batches={self.limit} is a fraction of an epoch, but the training loader has no length; give a "
+                "number of batches."
+            )
+        if plain.batches == 0:
+            raise ValueError(
+                f"limit_train_batches={self.limit} is less than one batch of an epoch; make it larger, or give a number "
+                "of batches."
+            )

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from adaptive_batch.callbacks import _lightning
 from adaptive_batch.callbacks._metrics import Metrics
+from adaptive_batch.callbacks._parts import Parts
 from adaptive_batch.layers import batch_dependent_layers
 from adaptive_batch.measurement import Number
-from adaptive_batch.memory import free_memory, is_out_of_memory
+from adaptive_batch.memory import free_memory, is_hook_refusal, is_out_of_memory, measure_memory
+from adaptive_batch.micro_batch_limit import MicroBatchLimit
 from adaptive_batch.micro_batching import balanced_sizes, split_batch
 from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
 from adaptive_batch.timing import Elapsed, mark
@@ -44,15 +46,12 @@ class UpdateExecutor:
     Args:
         trainer: whose loop this belongs to.
         module: what is trained.
-        micro_batch_size: most samples per pass; ``None`` is no bound.
+        limit: most samples per pass.
         loss_reduction: whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` over its samples.
         weight_fn: ``(micro_batch, batch) -> weight`` of a part's loss, for losses that are neither.
         recovers: whether a batch may be split after an out-of-memory error.
         probes: whether the noise is measured by passes of their own, which change nothing, instead of by
             splitting updates. A model with layers that look across the batch is never split for the noise.
-
-    Attributes:
-        limit: most samples per pass now.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class UpdateExecutor:
         trainer: Trainer,
         module: LightningModule,
         *,
-        micro_batch_size: int | None,
+        limit: MicroBatchLimit,
         loss_reduction: str,
         weight_fn: WeightFn | None,
         recovers: bool,
@@ -73,18 +72,22 @@ class UpdateExecutor:
         self._recovers = recovers
         self._rollback = Rollback(module)
         self._across_batch = batch_dependent_layers(module)
-        self._smallest = 2 if self._across_batch else 1
+        self._resident = [*module.parameters(), *module.buffers()]
+        self._measures_memory = recovers
         self._probes = probes or bool(self._across_batch)
-        if self._across_batch and (recovers or micro_batch_size is not None):
+        if self._across_batch and (recovers or limit.largest is not None):
             warnings.warn(
                 f"{self._across_batch[0]} looks across the batch: an update that is split, which happens only where "
                 "memory demands it, normalises over its micro-batches.",
                 stacklevel=2,
             )
         self._metrics = Metrics(module)
+        self.ranks = trainer.world_size
         self._samples = 0
         self._wait = 0.0
-        self.limit = micro_batch_size
+        self._share = 1.0
+        self.limit = limit
+        self.limit.smallest = 2 if self._across_batch else 1
         self.failures: list[str] = []
         self.start_update(measure=False)
 
@@ -98,12 +101,19 @@ class UpdateExecutor:
         self.part_sizes: list[int] = []
         self.sq_norm: Number = float("nan")
         self.micro_batch_size = 0
+        self.peak_memory = 0.0
 
-    def start_batch(self, samples: int, wait: float) -> None:
-        """The next closure is for a batch of ``samples``, for which the loop has waited ``wait`` seconds."""
+    def start_batch(self, samples: int, wait: float, *, global_samples: int) -> None:
+        """The next closure is for this rank's ``samples`` of a batch, which the loop has waited for.
+
+        Ranks average their gradients whatever their shares, so each weighs its loss by its share.
+        """
         self._samples = samples
         self._wait = wait
-        self._batch_sizes.append(samples)
+        self._share = float(self.ranks)
+        if self._loss_reduction != "sum":
+            self._share = self.ranks * samples / global_samples
+        self._batch_sizes.append(global_samples)
 
     def make_closure(self, original: Callable[..., Any], kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
         """Lightning's closure for this batch, made to run in parts where it has to."""
@@ -115,7 +125,7 @@ class UpdateExecutor:
     def _sizes(self, *, split: bool) -> list[int]:
         """Samples of each pass; ``split`` makes parts for the noise where there would be none."""
         n = self._samples
-        largest = n if self.limit is None else min(n, self.limit)
+        largest = self.limit.of(n)
         if split and n >= PURPOSEFUL_PARTS:
             largest = min(largest, -(-n // PURPOSEFUL_PARTS))
         return balanced_sizes(n, largest)
@@ -123,15 +133,24 @@ class UpdateExecutor:
     @property
     def _splits_for_noise(self) -> bool:
         """The batches of an accumulation window are parts already."""
-        return self._measure and not self._probes and self._trainer.accumulate_grad_batches == 1
+        return self._taps and self.ranks == 1 and self._trainer.accumulate_grad_batches == 1
+
+    def measures_memory(self, samples: int) -> bool:
+        """Whether to measure the memory of the next pass: never without a budget to keep."""
+        return self._measures_memory and self.limit.budget is not None and self.limit.measures(samples)
 
     def _run(self, closure: Any, plain: Callable[[], Any], kwargs: Mapping[str, Any], batch_idx: int) -> Any:
         """The batch's gradients and outputs, attempted in ever smaller parts while memory runs out."""
-        if self._measure and self._probes:
+        if self._measure and self._probes and self.ranks == 1:
             self._probe(kwargs)
         if not self._recovers:
-            return self._attempt(closure, plain, kwargs, self._sizes(split=self._splits_for_noise))
+            result = self._attempt(closure, plain, kwargs, self._sizes(split=self._splits_for_noise))
+            self._end_batch()
+            return result
         accumulated = batch_idx % self._trainer.accumulate_grad_batches != 0
+        sync = _lightning.RankSync(self._trainer) if _lightning.uses_ddp(self._trainer) else None
+        if sync is not None:
+            sync.share_buffers()
         self._rollback.save(accumulated=accumulated)
         self._metrics.save()
         hook = self._module._current_fx_name
@@ -140,22 +159,35 @@ class UpdateExecutor:
             while True:
                 sizes = self._sizes(split=self._splits_for_noise)
                 try:
-                    return self._attempt(closure, plain, kwargs, sizes)
+                    with nullcontext() if sync is None else sync.blocked():
+                        result = self._attempt(closure, plain, kwargs, sizes)
+                    break
                 except Exception as error:
-                    if not is_out_of_memory(error):
+                    refused = is_hook_refusal(error)
+                    if not (refused or is_out_of_memory(error)):
                         raise
-                    if sizes[0] <= self._smallest:
+                    if not refused and sizes[0] <= self.limit.smallest:
                         raise RuntimeError(self._no_way_out(sizes[0])) from error
                 # Out here, where the traceback no longer holds the failed attempt's tensors.
                 cleared = zero_grad is not None and closure._zero_grad_fn is None
                 self._rollback.restore(gradients=cleared or accumulated)
                 self._metrics.restore()
                 self._module._current_fx_name = hook
-                self._learn(sizes[0])
+                if refused:
+                    self._measures_memory = False
+                else:
+                    self._learn(sizes[0])
+                if sync is not None:
+                    sync.share_buffers()
         finally:
             closure._zero_grad_fn = zero_grad  # an optimizer that calls the closure again clears again
             self._rollback.forget()
             self._metrics.forget()
+        self.limit.succeeded(sizes[0])
+        if sync is not None and not _lightning.accumulating(self._trainer):
+            sync.average()
+        self._end_batch()
+        return result
 
     def _no_way_out(self, size: int) -> str:
         samples = "one sample" if size == 1 else f"{size} samples, the least that {self._across_batch[0]} can take,"
@@ -165,8 +197,10 @@ class UpdateExecutor:
         )
 
     def _learn(self, failed: int) -> None:
-        self.limit = max(-(-failed // 2), self._smallest)
-        self.failures.append(f"out of memory at a micro-batch of {failed}, at most {self.limit} from here on")
+        self.limit.failed(failed)
+        self.failures.append(
+            f"out of memory at a micro-batch of {failed}, at most {self.limit.learned} from here on"
+        )
         free_memory(self._trainer.strategy.root_device)
 
     def _probe(self, kwargs: Mapping[str, Any]) -> None:
@@ -203,7 +237,7 @@ class UpdateExecutor:
         sizes = self._sizes(split=True)
         batch = kwargs["batch"]
         for part, size in zip(split_batch(batch, sizes, self._samples), sizes, strict=True):
-            log.start_part(part, size)
+            log.start_part(part)
             output = loop._make_step_fn({**kwargs, "batch": part})()
             if output.closure_loss is None:
                 continue
@@ -217,8 +251,9 @@ class UpdateExecutor:
         self, closure: Any, plain: Callable[[], Any], kwargs: Mapping[str, Any], sizes: list[int]
     ) -> Any:
         passes = _Passes(self, sizes)
+        parts = None
         # An optimizer may call the closure many times (LBFGS); its first call is the one to measure.
-        norms = PartNorms(self._parameters()) if self._measure and not self._probes else None
+        norms = PartNorms(self._parameters()) if self._taps else None
         buffered = self._recovers or len(sizes) > 1
         log = _lightning.LogBuffer(self._trainer) if buffered else None
         with log or nullcontext(), norms or nullcontext():
@@ -227,20 +262,33 @@ class UpdateExecutor:
                 if norms is not None:
                     norms.end_part(sizes[0], self._mean_gradient_factor(1.0, sizes[0]))
             else:
-                result = self._in_parts(closure, kwargs, passes, log, norms)
+                parts = self._in_parts(closure, kwargs, passes, log, norms)
+                result = parts.joined()
         if log is not None:
-            log.commit()
+            log.commit(parts)
         self.pass_sizes += sizes
         self.pass_seconds += passes.seconds
         self.micro_batch_size = max(self.micro_batch_size, sizes[0])
         if norms is not None:
-            self._keep(norms)
+            self.part_sq_norms += norms.sq_norms
+            self.part_sizes += norms.sizes
         return result
+
+    @property
+    def _taps(self) -> bool:
+        """Whether the passes themselves are measured; of several ranks each is a part."""
+        return self._measure and (self.ranks > 1 or not self._probes)
 
     def _whole(self, closure: Any, plain: Callable[[], Any]) -> Any:
         """Lightning's own closure: not even a factor of one where nothing is split."""
         closure._zero_grad_fn = self._once(closure, closure._zero_grad_fn)
-        return plain()
+        backward = closure._backward_fn
+        if self._share != 1.0 and backward is not None:
+            closure._backward_fn = lambda loss: backward(loss * self._share)
+        try:
+            return plain()
+        finally:
+            closure._backward_fn = backward
 
     def _once(self, closure: Any, zero_grad: Callable[[], None] | None) -> Callable[[], None] | None:
         """Clearing the gradients, which a second attempt must not repeat: its hooks are per update."""
@@ -261,22 +309,28 @@ class UpdateExecutor:
         passes: _Passes,
         log: _lightning.LogBuffer | None,
         norms: PartNorms | None,
-    ) -> Any:
+    ) -> Parts:
         """Forward and backward of each part; the gradients add up to the whole batch's."""
         batch, sizes = kwargs["batch"], passes.sizes
-        parts = split_batch(batch, sizes, self._samples)
-        weights = [self._weight(part, batch, size) for part, size in zip(parts, sizes, strict=True)]
-        outputs = []
-        self._metrics.start_parts()
-        for index, (part, size, weight) in enumerate(zip(parts, sizes, weights, strict=True)):
+        pieces = split_batch(batch, sizes, self._samples)
+        weights = [self._weight(piece, batch, size) for piece, size in zip(pieces, sizes, strict=True)]
+        parts = Parts(
+            sizes,
+            weights,
+            by_weights=self._weight_fn is not None,
+            accumulate=self._trainer.accumulate_grad_batches,
+        )
+        self._metrics.start_parts(sizes)
+        for index, (piece, size, weight) in enumerate(zip(pieces, sizes, weights, strict=True)):
             if log is not None:
-                log.start_part(part, size)
-            run = partial(self._part, closure, {**kwargs, "batch": part}, weight, first=index == 0)
-            outputs.append(passes.run(index, run))
+                log.start_part(piece)
+            self._metrics.start_part(index)
+            run = partial(self._part, closure, {**kwargs, "batch": piece}, weight, first=index == 0)
+            parts.add(passes.run(index, run))
             if norms is not None:
                 norms.end_part(size, self._mean_gradient_factor(weight, size))
         self._metrics.end_parts()
-        return _joined(outputs, weights, sizes)
+        return parts
 
     def _part(self, closure: Any, kwargs: Mapping[str, Any], weight: Number, *, first: bool) -> Any:
         loop = self._trainer.fit_loop.epoch_loop.automatic_optimization
@@ -285,7 +339,7 @@ class UpdateExecutor:
         if clear is not None:
             clear()
         if closure._backward_fn is not None and output.closure_loss is not None:
-            closure._backward_fn(output.closure_loss * weight)
+            closure._backward_fn(output.closure_loss * (weight * self._share))
         return output
 
     def _weight(self, part: Any, batch: Any, size: int) -> Number:
@@ -295,19 +349,19 @@ class UpdateExecutor:
 
     def _mean_gradient_factor(self, weight: Number, size: int) -> Number:
         """What the mean gradient of a part's samples was multiplied with before it reached the hooks."""
-        scale = _lightning.amp_scale(self._trainer) / self._trainer.accumulate_grad_batches
+        scale = _lightning.amp_scale(self._trainer) * self._share / self._trainer.accumulate_grad_batches
         return scale * (size if self._loss_reduction == "sum" else weight)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self._trainer.optimizers[0].param_groups for p in group["params"]]
 
-    def _keep(self, norms: PartNorms) -> None:
-        self._measure = self._trainer.accumulate_grad_batches > 1
-        self.part_sq_norms += norms.sq_norms
-        self.part_sizes += norms.sizes
-        if _lightning.accumulating(self._trainer):
+    def _end_batch(self) -> None:
+        """After the batch's gradients are complete, over all ranks where there are several."""
+        accumulate = self._trainer.accumulate_grad_batches
+        if not self._taps or _lightning.accumulating(self._trainer):
             return
-        if len(set(self._batch_sizes)) > 1 or len(self._batch_sizes) < self._trainer.accumulate_grad_batches:
+        self._measure = False
+        if len(set(self._batch_sizes)) > 1 or len(self._batch_sizes) < accumulate:
             # Lightning weighs the batches of a window alike, so this gradient is no mean over samples.
             self.part_sq_norms, self.part_sizes = [], []
             return
@@ -315,7 +369,7 @@ class UpdateExecutor:
         if total is not None:
             factor = _lightning.amp_scale(self._trainer)
             if self._loss_reduction == "sum":
-                factor = factor * sum(self._batch_sizes) / self._trainer.accumulate_grad_batches
+                factor = factor * sum(self._batch_sizes) / accumulate
             self.sq_norm = total / factor**2
 
 
@@ -323,6 +377,7 @@ class _Passes:
     """Times the passes of one attempt."""
 
     def __init__(self, executor: UpdateExecutor, sizes: list[int]) -> None:
+        self._executor = executor
         self._device = executor._trainer.strategy.root_device
         self._wait_per_sample = executor._wait / executor._samples
         self.sizes = sizes
@@ -330,32 +385,14 @@ class _Passes:
 
     def run(self, index: int, run: Callable[[], Any]) -> Any:
         """Run part ``index``; its share of the wait for data counts as its own."""
+        size = self.sizes[index]
         started = mark(self._device)
-        result = run()
-        share = self._wait_per_sample * self.sizes[index]
-        self.seconds.append(Elapsed(started, mark(self._device), share))
+        if self._executor.measures_memory(size):
+            with measure_memory(self._device, self._executor._resident) as memory:
+                result = run()
+            self._executor.limit.model.update(size, memory.bytes)
+            self._executor.peak_memory = max(self._executor.peak_memory, float(memory.bytes))
+        else:
+            result = run()
+        self.seconds.append(Elapsed(started, mark(self._device), self._wait_per_sample * size))
         return result
-
-
-def _joined(outputs: list[Any], weights: list[Number], sizes: list[int]) -> Any:
-    """The closure result of the whole batch from those of its parts."""
-    if len(outputs) == 1:
-        return outputs[0]
-    losses = [
-        o.closure_loss.detach() * w
-        for o, w in zip(outputs, weights, strict=True)
-        if o.closure_loss is not None
-    ]
-    loss = torch.stack(losses).sum(0) if losses else None
-    extras = {key: _join_extra([o.extra[key] for o in outputs], weights, sizes) for key in outputs[0].extra}
-    return type(outputs[0])(loss, extra=extras)
-
-
-def _join_extra(values: list[Any], weights: list[Number], sizes: list[int]) -> Any:
-    if not all(isinstance(v, Tensor) for v in values):
-        return values[-1]
-    if all(v.ndim > 0 and v.shape[0] == size for v, size in zip(values, sizes, strict=True)):
-        return torch.cat(values)
-    if all(v.ndim == 0 and v.is_floating_point() for v in values):
-        return torch.stack([v * w for v, w in zip(values, weights, strict=True)]).sum()
-    return values[-1]

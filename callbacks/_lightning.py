@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as CallbackBase
     from pytorch_lightning import Trainer
+
+    from adaptive_batch.callbacks._parts import Parts
 else:
 
     def _callback_bases() -> tuple[type, ...]:
@@ -54,6 +58,10 @@ class Patches:
             self._undo.append(lambda: target.__dict__.pop(name, None))
         else:
             self._undo.append(lambda: target.__dict__.__setitem__(name, own))
+
+    def later(self, undo: Callable[[], None]) -> None:
+        """Do this too when everything is taken back."""
+        self._undo.append(undo)
 
     def undo(self) -> None:
         """Put back every original, the last override first."""
@@ -174,6 +182,12 @@ def batches_started(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
+def step_kwargs(trainer: Trainer, batch: Any, batch_idx: int) -> Mapping[str, Any]:
+    """The arguments of ``training_step`` for a batch. Private: ``epoch_loop._build_kwargs`` (2.0 to 2.6)."""
+    kwargs: Mapping[str, Any] = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
+    return kwargs
+
+
 def total_batches_started(trainer: Trainer) -> int:
     """Batches of the run handed to the loop so far, the one at hand included."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
@@ -196,6 +210,54 @@ def set_epoch_length(trainer: Trainer, batches: int) -> None:
     if fetcher is not None and fetcher.length is not None:
         fetcher.length = batches
     _set_progress_bar_total(trainer, batches)
+
+
+def set_most_batches(trainer: Trainer, batches: float) -> None:
+    """Where the data has no length: end the epoch after so many batches at the latest."""
+    trainer.fit_loop.max_batches = batches
+
+
+def lift_limits(trainer: Trainer) -> None:
+    """Where the data has no length: let Lightning keep one batch ahead, so that the last one is known when it comes.
+
+    It does so by itself unless there is a limit in batches, which the data may not reach.
+    Private: ``fit_loop._combined_loader`` and its ``_iterator.limits``.
+    """
+    combined = trainer.fit_loop._combined_loader
+    if combined is not None:
+        combined.limits = [math.inf] * len(combined.flattened)
+        if combined._iterator is not None:
+            combined._iterator.limits = combined.limits
+
+
+def start_prefetching(trainer: Trainer) -> None:
+    """Inside an epoch: fetch the batch ahead that Lightning would have fetched had there been no limit.
+
+    Private: ``fit_loop._data_fetcher``, its ``length``, its ``batches`` and its base class's ``__next__``.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is None or fetcher.length is None:
+        return
+    fetcher.length = None
+    try:
+        fetcher.batches.append(type(fetcher).__mro__[1].__next__(fetcher))
+    except StopIteration:
+        mark_last_batch(trainer)
+
+
+def mark_last_batch(trainer: Trainer) -> None:
+    """The batch at hand is the epoch's last. Private: ``epoch_loop.batch_progress`` (2.0 to 2.6)."""
+    trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
+
+
+def put_back_later(patches: Patches, trainer: Trainer, loaders: list[Any]) -> None:
+    """Lightning exchanges the loaders inside a ``CombinedLoader`` that the user gave; undo that after the run.
+
+    Private: ``fit_loop._data_source`` and ``fit_loop._combined_loader`` (2.0 to 2.6).
+    """
+    given = trainer.fit_loop._data_source.instance
+    if given is trainer.fit_loop._combined_loader:
+        patches.later(lambda loaders=list(loaders): setattr(given, "flattened", loaders))
 
 
 def _set_progress_bar_total(trainer: Trainer, batches: int) -> None:
@@ -229,6 +291,68 @@ def amp_scale(trainer: Trainer) -> Tensor | float:
     return scaler.get_scale() if scale is None else scale  # the tensor, so that nothing waits for the device
 
 
+class RankSync:
+    """Gradients of several ranks, averaged once per update after all its passes have succeeded.
+
+    A rank that runs out of memory can then start again by itself: until its gradients are complete nobody waits for
+    it inside a pass. The averaging is DDP's own (buckets, communication hooks, unused parameters), driven by a
+    backward pass that adds nothing.
+
+    Private: of DDP ``will_sync_module_buffers``, ``_sync_buffers`` and ``require_forward_param_sync`` (torch 2.0 to
+    2.13).
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    @property
+    def _ddp(self) -> Any:
+        return self._trainer.strategy.model
+
+    def blocked(self) -> AbstractContextManager[Any]:
+        """Passes inside it keep their gradients to their rank."""
+        return self._ddp.no_sync()
+
+    def share_buffers(self) -> None:
+        """What DDP does in the first forward pass after an update, before there is anything to put back."""
+        ddp = self._ddp
+        if ddp.will_sync_module_buffers():
+            ddp._sync_buffers()
+        ddp.require_forward_param_sync = False
+
+    def average(self) -> None:
+        """Make every rank's gradients the mean over the ranks."""
+        module = self._trainer.lightning_module
+        touched = [p for p in module.parameters() if p.requires_grad and p.grad is not None]
+        own_forward = module.__dict__.get("forward")
+        module.__dict__["forward"] = lambda: _Touch.apply(*touched)
+        try:
+            with torch.enable_grad():
+                self._ddp().backward()
+        finally:
+            del module.__dict__["forward"]
+            if own_forward is not None:
+                module.__dict__["forward"] = own_forward
+
+
+class _Touch(torch.autograd.Function):
+    """Zero, as a function of all given tensors; its gradients are zeros that take no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return tuple(tensor.new_zeros(()).expand_as(tensor) for tensor in ctx.saved_tensors)
+
+
+def uses_ddp(trainer: Trainer) -> bool:
+    """Whether the model is wrapped for data-parallel training."""
+    return isinstance(trainer.strategy.model, torch.nn.parallel.DistributedDataParallel)
+
+
 class LogBuffer:
     """Holds back the ``self.log`` calls of a batch until it has succeeded, and makes each once.
 
@@ -237,9 +361,9 @@ class LogBuffer:
 
     def __init__(self, trainer: Trainer) -> None:
         self._results: Any = trainer.fit_loop.epoch_loop._results
-        self._calls: dict[tuple[str, str], list[tuple[Any, int, dict[str, Any]]]] = {}
-        self._parts = 0
-        self._size = 0
+        self._calls: dict[tuple[str, str, int], list[_LogCall]] = {}
+        self._times: Counter[tuple[str, str]] = Counter()
+        self._part = -1
 
     def __enter__(self) -> LogBuffer:
         self._batch, self._batch_size = self._results.batch, self._results.batch_size
@@ -250,45 +374,51 @@ class LogBuffer:
         self._results.__dict__.pop("log", None)
         self._results.batch, self._results.batch_size = self._batch, self._batch_size
 
-    def start_part(self, part: Any, size: int) -> None:
-        """The next calls speak of ``part``, which has ``size`` samples."""
+    def start_part(self, part: Any) -> None:
+        """The next calls speak of ``part``."""
         self._results.batch, self._results.batch_size = part, None
-        self._parts += 1
-        self._size = size
+        self._part += 1
+        self._times.clear()
 
     def _record(self, fx: str, name: str, value: Any, **kwargs: Any) -> None:
         value = value.detach() if isinstance(value, Tensor) and not kwargs.get("enable_graph") else value
-        self._calls.setdefault((fx, name), []).append((value, self._size, kwargs))
+        # The second call of a name in one part belongs to the second call in each other part.
+        self._times[fx, name] += 1
+        calls = self._calls.setdefault((fx, name, self._times[fx, name]), [])
+        calls.append(_LogCall(self._part, value, kwargs))
 
-    def commit(self) -> None:
-        """Make every collected call, the values of the parts merged. Call after the context."""
-        for (fx, name), calls in self._calls.items():
-            for value, kwargs in [self._merged(calls)] if self._parts > 1 else [(c[0], c[2]) for c in calls]:
-                self._results.log(fx, name, value, **kwargs)
+    def commit(self, parts: Parts | None) -> None:
+        """Make every collected call, with the values of the parts made one. Call after the context.
+
+        Args:
+            parts: how they are put together; ``None`` where the batch was not split.
+        """
+        for (fx, name, _), calls in self._calls.items():
+            value, kwargs = calls[-1].value, calls[-1].kwargs
+            if parts is not None:
+                value, kwargs = _merged(calls, parts, fx)
+            self._results.log(fx, name, value, **kwargs)
         self._calls.clear()
 
-    @staticmethod
-    def _merged(calls: list[tuple[Any, int, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
-        sizes = [kwargs.get("batch_size") or size for _, size, kwargs in calls]
-        kwargs = {**calls[-1][2], "batch_size": sum(sizes)}
-        return _merge([c[0] for c in calls], sizes, kwargs.get("reduce_fx", torch.mean)), kwargs
+
+class _LogCall(NamedTuple):
+    part: int
+    value: Any
+    kwargs: dict[str, Any]
 
 
-def _merge(values: list[Any], sizes: list[int], reduce_fx: Any) -> Any:
-    if not isinstance(values[-1], Tensor):
-        return values[-1]  # a torchmetrics object, the same one each time, holds all parts itself
-    stacked = torch.stack([v if v.is_floating_point() else v.float() for v in values])
-    name = getattr(reduce_fx, "__name__", reduce_fx)
-    if name == "mean":
-        weights = torch.tensor(sizes, dtype=stacked.dtype, device=stacked.device)
-        shape = [-1] + [1] * (stacked.ndim - 1)
-        return (stacked * (weights / weights.sum()).view(shape)).sum(0)
-    reducers: Mapping[Any, Callable[[Tensor], Tensor]] = {
-        "sum": lambda s: s.sum(0),
-        "max": lambda s: s.amax(0),
-        "min": lambda s: s.amin(0),
-    }
-    return reducers[name](stacked) if name in reducers else reduce_fx(stacked)
+def _merged(calls: list[_LogCall], parts: Parts, fx: str) -> tuple[Any, dict[str, Any]]:
+    value, kwargs = calls[-1].value, calls[-1].kwargs
+    given = [call.kwargs.get("batch_size") for call in calls]
+    counts = None if None in given else given
+    # Without a count of the user's own Lightning finds that of the whole batch, as ever.
+    kwargs = {**kwargs, "batch_size": counts and sum(counts)}
+    if not isinstance(value, Tensor) or fx == "on_after_backward":
+        return value, kwargs  # a torchmetrics object and the gradients hold all parts so far themselves
+    name = str(getattr(kwargs["reduce_fx"], "__name__", kwargs["reduce_fx"])).lower()
+    by = name if name in ("sum", "max", "min") else "mean"  # Lightning refuses any other
+    parts_called = [call.part for call in calls]
+    return parts.reduced([call.value for call in calls], parts_called, by=by, counts=counts), kwargs
 
 
 class StepLog:

@@ -9,21 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from adaptive_batch.callbacks import _lightning
-from adaptive_batch.callbacks._books import EpochBooks, plain_epoch
+from adaptive_batch.callbacks._books import EpochBooks, LoaderLimits, plain_epoch
 from adaptive_batch.callbacks._executor import UpdateExecutor, WeightFn
 from adaptive_batch.callbacks._lightning import CallbackBase, Patches
 from adaptive_batch.clocks import GainClock, PlainEpoch, SampleClock
 from adaptive_batch.controller import BatchSizeController, Decision, check_bounds
 from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
+from adaptive_batch.distributed import SharedOrder, broadcast, gather, merge_ranks
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.lr_scaling import LRScaling, gain, resolve_lr_scaling, scaled_lr
 from adaptive_batch.measurement import Measurement
+from adaptive_batch.memory import device_budget, device_memory, parse_budget, resident_bytes
+from adaptive_batch.micro_batch_limit import MicroBatchLimit
 from adaptive_batch.noise.schedule import measures_noise
 from adaptive_batch.policies import Policy, resolve_policy
 from adaptive_batch.timing import Elapsed, Mark, mark
+from adaptive_batch.user_batches import UserBatchSampler
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -54,7 +58,11 @@ class AdaptiveBatchSize(CallbackBase):
             ``"adamscale"``, or a rule of :mod:`adaptive_batch.lr_scaling`.
         schedule_clock: what schedulers that step per update advance with: ``"samples"`` (so that a schedule
             still ends with the run), ``"gain"`` (AdaScale's progress) or ``"updates"``.
-        micro_batch_size: most samples per forward/backward pass; ``"auto"`` and ``None`` set no bound.
+        micro_batch_size: most samples per forward/backward pass. ``"auto"``: what the memory model says, halved
+            when memory runs out all the same; a number: at most that, halved likewise; ``None``: never split,
+            and an out-of-memory error is an error.
+        memory_budget: bytes that a pass may take: a number, ``"20GiB"``, or a fraction of the device. ``None`` is
+            what a GPU has; on a CPU there is no bound. On a CPU the bytes are those saved for backward.
         adjust_every: updates between two decisions.
         quantize: ``True`` or ``False`` forces or forbids quantised sizes and hysteresis; ``None`` goes by the policy.
         loss_reduction: whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` over its samples.
@@ -80,6 +88,7 @@ class AdaptiveBatchSize(CallbackBase):
         lr_scaling: str | LRScaling = "auto",
         schedule_clock: str = "samples",
         micro_batch_size: int | str | None = "auto",
+        memory_budget: int | float | str | None = None,
         adjust_every: int = 10,
         quantize: bool | None = None,
         loss_reduction: str = "mean",
@@ -100,6 +109,10 @@ class AdaptiveBatchSize(CallbackBase):
         self._bounds = (min_batch_size, max_batch_size)
         self._clock_name = schedule_clock
         self._micro_batch_size = micro_batch_size
+        self._micro_batches = MicroBatchLimit(
+            largest=micro_batch_size if isinstance(micro_batch_size, int) else None
+        )
+        self._memory_budget = memory_budget
         self._loss_reduction = loss_reduction
         self._weight_fn = weight_fn
         self._batch_size_of = batch_size_of
@@ -121,6 +134,7 @@ class AdaptiveBatchSize(CallbackBase):
 
     def _start_fit(self) -> None:
         self._trainer: Trainer | None = None
+        self._loaders: list[DataLoader[Any]] = []
         self._sampler: AdaptiveBatchSampler | None = None
         self._books: EpochBooks | None = None
         self._clock: SampleClock | GainClock | None = None
@@ -132,6 +146,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._update_mark: Mark | None = None
         self._host_mark: float | None = None
         self._noted: str | None = None
+        self._last_memory = math.nan
 
     @property
     def batch_size(self) -> int | None:
@@ -156,20 +171,24 @@ class AdaptiveBatchSize(CallbackBase):
         self._executor = UpdateExecutor(
             trainer,
             pl_module,
-            micro_batch_size=self._micro_batch_size if isinstance(self._micro_batch_size, int) else None,
+            limit=self._limit_of_passes(trainer),
             loss_reduction=self._loss_reduction,
             weight_fn=self._weight_fn,
             recovers=self._micro_batch_size is not None,
             probes=self._dry_run,
         )
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
-        self._limit = trainer.limit_train_batches
+        self._limits = LoaderLimits(trainer)
         _lightning.override_setup_data(self._patches, trainer, self._setup_data)
         _lightning.override_train_loader(self._patches, trainer, self._adapt_loader)
         _lightning.override_closure(self._patches, trainer, self._make_closure)
         _lightning.override_optimizer_step(self._patches, trainer, self._optimizer_step)
         if self._clock_name != "updates":
             _lightning.override_scheduler_steps(self._patches, trainer, self._scheduler_indices)
+
+    def _limit_of_passes(self, trainer: Trainer) -> MicroBatchLimit:
+        self._micro_batches.budget = _budget(self._memory_budget, trainer.strategy.root_device)
+        return self._micro_batches
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pick the learning-rate rule, now that there is an optimizer."""
@@ -181,17 +200,14 @@ class AdaptiveBatchSize(CallbackBase):
         self._controller.lr_scaling = resolve_lr_scaling(self._lr_scaling, trainer.optimizers[0])
 
     def _setup_data(self, original: Callable[[], None]) -> None:
-        """Lightning's set-up of the loader, for a loader that counts a fraction of an epoch by itself."""
+        """Lightning's set-up of the loader; the limits of an epoch are kept here."""
         assert self._trainer is not None
-        trainer, limit = self._trainer, self._limit
-        fraction = isinstance(limit, float) and 0 < limit < 1
-        trainer.limit_train_batches = 1.0 if fraction else limit
-        try:
-            original()
-        finally:
-            trainer.limit_train_batches = limit
-        if self._books is not None:
-            self._books.sync()
+        self._loaders.clear()
+        self._limits.set_up(original)
+        if self._loaders and self._books is not None:
+            self._limits.apply(self._books.plain, has_length=self._books.has_length)
+            self._books.announce()
+            _lightning.put_back_later(self._patches, self._trainer, self._loaders)
 
     def _adapt_loader(self, loader: object) -> object:
         """The user's training loader, made resizable."""
@@ -202,38 +218,65 @@ class AdaptiveBatchSize(CallbackBase):
                 f"AdaptiveBatchSize can resize a torch DataLoader, but the training data is a {type(loader).__name__}; "
                 "wrap it in a DataLoader."
             )
+        self._loaders.append(loader)
+        if len(self._loaders) > 1:
+            raise ValueError(
+                "AdaptiveBatchSize resizes one training DataLoader, but there are several, whose samples have no batch size "
+                "in common; let one DataLoader draw from all data sets (torch.utils.data.StackDataset pairs them, "
+                "ConcatDataset chains them)."
+            )
         adaptive = make_adaptive(loader, rank=trainer.global_rank, world_size=trainer.world_size)
         sampler = adaptive.batch_sampler
         assert isinstance(sampler, AdaptiveBatchSampler)
-        accumulate = trainer.accumulate_grad_batches
-        plain = plain_epoch(
-            _length(sampler),
-            sampler.batch_size,
-            drop_last=sampler.drop_last,
-            world_size=trainer.world_size,
-            accumulate=accumulate,
-            limit=self._limit,
-        )
-        self._set_bounds(plain)
-        self._sampler = sampler
-        self._books = EpochBooks(trainer, plain, sampler, self._limit)
+        if trainer.world_size > 1:
+            self._controller.exchange = lambda own: merge_ranks(gather(own))
+            self._controller.agree = broadcast
+            if not isinstance(loader.sampler, DistributedSampler):  # whose order follows from seed and epoch
+                sampler.sampler = SharedOrder(sampler.sampler, trainer.global_rank)
+        if sampler is not self._sampler:  # a loader that was made adaptive by the user comes again as it is
+            self._open_books(sampler)
+        assert self._books is not None
+        plain = self._books.plain
         if self._clock is None:
             self._clock = self._make_clock(plain)
         if "sampler" in self._restored:
             sampler.load_state_dict(self._restored.pop("sampler"))
         if not self._dry_run and self.batch_size is not None:
-            sampler.batch_size = max(1, self.batch_size // accumulate)
+            sampler.batch_size = max(1, self.batch_size // trainer.accumulate_grad_batches)
+        if self._books.resized and not self._books.has_length:
+            self._limits.look_for_the_end()
         return adaptive
+
+    def _open_books(self, sampler: AdaptiveBatchSampler) -> None:
+        assert self._trainer is not None
+        trainer = self._trainer
+        whole, plain = (
+            plain_epoch(
+                sampler.samples,
+                sampler.batch_size,
+                drop_last=sampler.drop_last,
+                world_size=trainer.world_size,
+                accumulate=trainer.accumulate_grad_batches,
+                limit=limit,
+            )
+            for limit in (1.0, self._limits.limit)
+        )
+        self._set_bounds(plain)
+        self._sampler = sampler
+        self._books = EpochBooks(trainer, plain, sampler, self._limits.limit, whole=whole.samples)
+        if isinstance(sampler, UserBatchSampler):
+            sampler.on_length_change = self._books.sync
 
     def _make_clock(self, plain: PlainEpoch) -> SampleClock | GainClock:
         assert self._trainer is not None
         epochs = self._trainer.max_epochs
+        steps = self._trainer.max_steps if self._trainer.max_steps >= 0 else math.inf
         clock: SampleClock | GainClock
         if self._clock_name == "gain":
             known = plain.updates is not None and epochs is not None and epochs > 0
-            clock = GainClock(plain.updates * epochs if known else math.inf)  # type: ignore[operator]
+            clock = GainClock(min(steps, plain.updates * epochs) if known else steps)  # type: ignore[operator]
         else:
-            clock = SampleClock()
+            clock = SampleClock(steps)
         if "clock" in self._restored:
             clock.load_state_dict(self._restored.pop("clock"))
         return clock
@@ -302,7 +345,9 @@ class AdaptiveBatchSize(CallbackBase):
             self._window_started = now - waited
             self._executor.start_update(measure=self._measures())
         self._window.append(draw)
-        self._executor.start_batch(self._local_samples(draw, batch), waited if _on_host(trainer) else 0.0)
+        waited = waited if _on_host(trainer) else 0.0
+        samples = self._local_samples(draw, batch)
+        self._executor.start_batch(samples, waited, global_samples=max(draw.size, samples))
 
     def _draw_of(self, trainer: Trainer, batch: Any) -> Draw:
         """The record of the batch at hand: batches of ``None`` are counted by the loop, but start no hook."""
@@ -489,9 +534,18 @@ class AdaptiveBatchSize(CallbackBase):
             "grad_variance": noise.grad_variance,
             "lr_scale": update.lr_scale,
             "throughput": update.throughput,
+            "peak_memory": self._peak_memory(),
             "samples": float(self._samples),
         }
         self._log({f"adaptive_batch/{name}": value for name, value in values.items()})
+
+    def _peak_memory(self) -> float:
+        """Bytes of the largest measured pass; the process's resident size where no pass is measured."""
+        if self._executor.peak_memory > 0:
+            self._last_memory = self._executor.peak_memory
+        elif self._micro_batches.budget is None and self._updates % self._controller.adjust_every == 1:
+            self._last_memory = resident_bytes()
+        return self._last_memory
 
     # The end, however it comes
 
@@ -514,6 +568,7 @@ class AdaptiveBatchSize(CallbackBase):
             "samples": self._samples,
             "position": self._position,
             "controller": self._controller.state_dict(),
+            "micro_batches": self._micro_batches.state_dict(),
             "history": self.history.state_dict(),
         }
         if self._sampler is not None:
@@ -526,6 +581,7 @@ class AdaptiveBatchSize(CallbackBase):
         """Put back what :meth:`state_dict` gave; the sampler's part waits for the loader."""
         self._controller.load_state_dict(state_dict["controller"])
         self.history.load_state_dict(state_dict["history"])
+        self._micro_batches.load_state_dict(state_dict["micro_batches"])
         self._updates, self._samples = state_dict["updates"], state_dict["samples"]
         self._position = state_dict["position"]
         self._restored = {key: state_dict[key] for key in ("sampler", "clock") if key in state_dict}
@@ -559,11 +615,10 @@ def _check_supported(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
-def _length(sampler: AdaptiveBatchSampler) -> int | None:
-    try:
-        return len(sampler.sampler)  # type: ignore[arg-type]
-    except TypeError:
-        return None
+def _budget(budget: int | float | str | None, device: torch.device) -> int | None:
+    if budget is None:
+        return device_budget(device)
+    return parse_budget(budget, device_memory(device))
 
 
 def _loss(outputs: Any) -> Tensor | float:

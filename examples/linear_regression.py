@@ -308,8 +308,8 @@ def time_verdict(results: Sequence[Result]) -> str:
     per_epoch = small.epoch_seconds / large.epoch_seconds
     per_update = large.update_seconds / small.update_seconds
     return (
-        f"{yes_no(per_epoch > 1)} here: an epoch at {small.batch_size} takes {per_epoch:.0f} times as long as "
-        f"at {large.batch_size}, for {small.updates // large.updates} times the updates; an update of "
+        f"{yes_no(per_epoch > 1)} here: an epoch at {small.batch_size} takes {per_epoch:.0f} times as long "
+        f"as at {large.batch_size}, for {small.updates // large.updates} times the updates; an update of "
         f"{large.batch_size} takes {per_update:.2f} times as long as one of {small.batch_size}"
     )
 

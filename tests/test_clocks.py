@@ -38,6 +38,7 @@ def plain_indices(plain: PlainEpoch) -> list[int]:
 def test_after_so_many_samples_as_many_steps_as_the_contract_says(sizes, batch_size, accumulate):
     plain = epoch_of(sum(sizes), batch_size, accumulate)
     updates = plain.updates
+    assert updates is not None
     assert updates == math.ceil(math.ceil(sum(sizes) / batch_size) / accumulate)
     clock, taken, position = SampleClock(), 0, 0
     for epoch in range(2):

@@ -201,7 +201,7 @@ def test_state_round_trip(updates):
     assert list(map(repr, other.updates)) == list(map(repr, history.updates))  # NaN equals NaN
     assert other.changes == [CHANGE]
     assert list(other.notes) == [NOTE]
-    assert all(isinstance(getattr(u, "samples"), int) for u in other.updates)
+    assert all(isinstance(u.samples, int) for u in other.updates)
 
 
 def good_state() -> dict[str, Any]:

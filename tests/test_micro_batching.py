@@ -223,7 +223,7 @@ class TestStructures:
         encoding = Encoding({"input_ids": rows(3)}, encodings=["fast"])
         marked = DictWithAttributes(x=rows(2))
         marked.tag = "mine"
-        default = collections.defaultdict(int, x=rows(2))
+        default: collections.defaultdict[str, Any] = collections.defaultdict(int, x=rows(2))
         for i, part in enumerate(split_batch((encoding, marked, default, Wrapped(x=rows(2))), SIZES, N)):
             assert part[0]._encodings == ["fast"]
             assert is_part(part[0].input_ids, encoding["input_ids"], i)
@@ -352,7 +352,7 @@ class TestRefusals:
         ("batch", "path"),
         [
             ([rows(2), torch.zeros(7, N)], r"batch\[1\] has first dimension 7"),  # sequence first
-            ({"x": rows(2), "class_weights": torch.ones(10)}, r"batch\['class_weights'\] has first dimension 10"),
+            ({"x": rows(2), "weights": torch.ones(10)}, r"batch\['weights'\] has first dimension 10"),
             (Frozen(rows(2), (1, 2, 3)), r"batch\.y is a sequence of 3"),
             ({"a": [{"b": torch.zeros(4)}]}, r"batch\['a'\]\[0\]\['b'\] has first dimension 4"),
             ([rows(2), torch.zeros(N, 3).to_sparse()], r"batch\[1\] is a nested or sparse tensor"),

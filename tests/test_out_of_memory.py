@@ -105,7 +105,7 @@ class SplitFrom(pl.Callback):
     def on_train_batch_start(self, *args: Any) -> None:
         self.batches += 1
         if self.batches == self.batch:
-            self.callback._executor.limit = SMALLER
+            self.callback._micro_batches.learned = SMALLER
 
 
 def run(callbacks: list[Any], accumulate: int) -> Delicate:

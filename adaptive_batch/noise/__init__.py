@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from adaptive_batch.noise.adam_moments import AdamMomentsSource
 from adaptive_batch.noise.estimators import harmonic_mean, two_batch_estimate
 from adaptive_batch.noise.intervals import (
     effective_count,
@@ -9,10 +10,38 @@ from adaptive_batch.noise.intervals import (
     jackknife_covariance,
     student_t_quantile,
 )
+from adaptive_batch.noise.sample import Batches, NoiseSample, equivalent_sample, ranks_sample
+from adaptive_batch.noise.per_example import NORM_LAYERS, PerExampleNorms, Unmeasurable
+from adaptive_batch.noise.preconditioning import AdamMetric
 from adaptive_batch.noise.scale import GradientNoiseScale
+from adaptive_batch.noise.sources import (
+    SOURCES,
+    DifferencedSource,
+    MicroBatchSource,
+    NoiseSource,
+    PerExampleSource,
+    RankSource,
+    choose_source,
+)
 
 __all__ = [
+    "NORM_LAYERS",
+    "SOURCES",
+    "AdamMetric",
+    "AdamMomentsSource",
+    "Batches",
+    "DifferencedSource",
     "GradientNoiseScale",
+    "MicroBatchSource",
+    "NoiseSource",
+    "NoiseSample",
+    "PerExampleNorms",
+    "PerExampleSource",
+    "RankSource",
+    "Unmeasurable",
+    "choose_source",
+    "equivalent_sample",
+    "ranks_sample",
     "effective_count",
     "fieller_interval",
     "harmonic_mean",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["PartNorms", "grad_sq_norm"]
+__all__ = ["Metric", "PartNorms", "grad_sq_norm"]
+
+Metric = Callable[[nn.Parameter, Tensor], Tensor]
+"""``(parameter, gradient) -> gradient`` in the metric that norms are taken in."""
 
 
 def _values(gradient: Tensor) -> Tensor:
@@ -19,12 +23,14 @@ def _values(gradient: Tensor) -> Tensor:
 def _norm(gradient: Tensor) -> Tensor:
     # In float32 at least: the square of a half-precision norm overflows.
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(_values(gradient), dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(_values(gradient), dtype=dtype)
+    return norm
 
 
-def grad_sq_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
+def grad_sq_norm(parameters: Iterable[nn.Parameter], metric: Metric | None = None) -> Tensor | None:
     """Squared norm of all gradients together, as a tensor on their device; ``None`` without gradients."""
-    gradients = [_values(p.grad) for p in dict.fromkeys(parameters) if p.grad is not None]
+    held = [(p, p.grad) for p in dict.fromkeys(parameters) if p.grad is not None]
+    gradients = [_values(gradient if metric is None else metric(p, gradient)) for p, gradient in held]
     if not gradients:
         return None
     if any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients):
@@ -33,10 +39,9 @@ def grad_sq_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
 
 
 def _joint_norm(norms: Sequence[Tensor]) -> Tensor:
-    """Norm of the whole from those of its pieces, which may lie on several devices; 0 without pieces."""
-    if not norms:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    """Norm of the whole from those of its pieces, which may lie on several devices."""
+    joint: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return joint
 
 
 class PartNorms:
@@ -48,9 +53,11 @@ class PartNorms:
 
     Args:
         parameters: whose gradients count; those that do not require one are left out.
+        metric: norms are taken of ``metric(parameter, gradient)``; ``None`` leaves gradients as they are.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], metric: Metric | None = None) -> None:
+        self._metric = metric
         self._parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
         self._handles: list[RemovableHandle] = []
         self._norms: list[Tensor] = []
@@ -58,7 +65,11 @@ class PartNorms:
         self.sizes: list[int] = []
 
     def __enter__(self) -> PartNorms:
-        self._handles = [p.register_hook(self._record) for p in self._parameters]
+        register = [(p, p.register_hook) for p in self._parameters]
+        self._handles = [
+            hook(partial(self._record, p))  # type: ignore[no-untyped-call]
+            for p, hook in register
+        ]
         return self
 
     def __exit__(
@@ -69,8 +80,9 @@ class PartNorms:
         self._handles.clear()
         self._norms.clear()
 
-    def _record(self, gradient: Tensor) -> None:
-        self._norms.append(_norm(gradient))
+    def _record(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        measured = gradient if self._metric is None else self._metric(parameter, gradient)
+        self._norms.append(_norm(measured))
 
     def end_part(self, size: int, weight: float | Tensor) -> None:
         """Close the part whose backward pass has just ended; one that reached no parameter has a norm of 0.
@@ -79,6 +91,7 @@ class PartNorms:
             size: its samples.
             weight: what its mean gradient was multiplied with (its share of the update, a loss scale).
         """
-        self.sq_norms.append((_joint_norm(self._norms) / weight).square())
+        norms = self._norms or [torch.zeros((), device=p.device) for p in self._parameters[:1]]
+        self.sq_norms.append((_joint_norm(norms) / weight).square())
         self.sizes.append(size)
         self._norms.clear()

@@ -9,15 +9,16 @@ __all__ = ["measures_noise"]
 RATE = 3.0
 
 
-def measures_noise(update: int) -> bool:
+def measures_noise(update: int, rate: float = RATE) -> bool:
     """Whether update ``update`` (from 0) is one of the measured ones.
 
-    Each of the first nine is, and after ``u`` updates ``3 sqrt(u)`` have been: dense while the noise scale
-    moves by orders of magnitude, ever sparser as it settles, with the measurements' share of the run, and
-    their cost, going to zero. It depends on the count alone, so a resumed run measures the same updates.
+    After ``u`` updates ``rate sqrt(u)`` have been, and all while ``u`` is below ``rate^2``: dense while the
+    noise scale moves by orders of magnitude, ever sparser as it settles, with the measurements' share of
+    the run, and their cost, going to zero. It depends on the count alone, so a resumed run measures the
+    same updates.
     """
-    return math.floor(_measured(update + 1)) > math.floor(_measured(update))
+    return math.floor(_measured(update + 1, rate)) > math.floor(_measured(update, rate))
 
 
-def _measured(updates: int) -> float:
-    return min(float(updates), RATE * math.sqrt(updates))
+def _measured(updates: int, rate: float) -> float:
+    return min(float(updates), rate * math.sqrt(updates))

@@ -1,0 +1,87 @@
+"""What the order of a sampler follows from, and how to draw the same order again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+__all__ = ["get_generator", "order_restored", "order_state", "set_epoch", "set_generator"]
+
+
+def _chain(source: Any) -> Iterator[Any]:
+    """A sampler and the samplers that it wraps."""
+    while source is not None:
+        yield source
+        source = getattr(source, "sampler", None)
+
+
+def _find_generator(source: Any) -> torch.Generator | None:
+    found = (getattr(sampler, "generator", None) for sampler in _chain(source))
+    return next((generator for generator in found if isinstance(generator, torch.Generator)), None)
+
+
+def get_generator(source: Any) -> torch.Tensor | None:
+    """The state of the sampler's own generator, ``None`` if it has none."""
+    generator = _find_generator(source)
+    return None if generator is None else generator.get_state()
+
+
+def set_generator(source: Any, state: torch.Tensor | None) -> None:
+    """Put back what :func:`get_generator` gave."""
+    generator = _find_generator(source)
+    if generator is not None and state is not None:
+        generator.set_state(state)
+
+
+def set_epoch(source: Any, epoch: int) -> None:
+    """Tell the sampler which epoch comes next, if it wants to know."""
+    for sampler in _chain(source):
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(epoch)
+            return
+
+
+def _global_random_state() -> dict[str, Any]:
+    _, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": [keys.tolist(), *rest],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _set_global_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(("MT19937", *state["numpy"]))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def order_state(source: Any) -> dict[str, Any]:
+    """All that the order of the next pass follows from."""
+    epochs = (getattr(sampler, "epoch", None) for sampler in _chain(source))
+    return {
+        **_global_random_state(),
+        "generator": get_generator(source),
+        "epoch": next((epoch for epoch in epochs if isinstance(epoch, int)), None),
+    }
+
+
+@contextmanager
+def order_restored(source: Any, order: dict[str, Any]) -> Iterator[None]:
+    """Draw as the interrupted epoch did; the global random states are given back as they were."""
+    before = _global_random_state()
+    _set_global_random_state(order)
+    set_generator(source, order["generator"])
+    if order["epoch"] is not None:
+        set_epoch(source, order["epoch"])
+    try:
+        yield
+    finally:
+        _set_global_random_state(before)

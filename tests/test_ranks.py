@@ -1,0 +1,130 @@
+"""Several gloo ranks act as one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TIMEOUT = 120  # a hang is a failure
+
+BASE: dict[str, Any] = {"samples": 101, "batch_size": 12, "sizes": [12, 17, 30, 9, 7, 25, 13, 40, 6, 6, 21]}
+
+
+def run(folder: Path, world: int, **options: Any) -> list[dict[str, Any]]:
+    """Train on ``world`` ranks; what each of them ended with."""
+    folder.mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        environment = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "LOCAL_WORLD_SIZE": str(world),
+            "TORCHELASTIC_RUN_ID": "test",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+        command = [sys.executable, "tests/ranks.py", str(folder), json.dumps({**BASE, **options})]
+        root = Path(__file__).parent.parent
+        processes.append(
+            subprocess.Popen(command, env=environment, cwd=root, stderr=subprocess.PIPE, text=True)
+        )
+    errors = []
+    try:
+        for process in processes:
+            _, error = process.communicate(timeout=TIMEOUT)
+            if process.returncode:
+                errors.append(error[-3000:])
+    finally:
+        for process in processes:
+            process.kill()
+    assert not errors, errors[0]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
+
+
+def assert_one_machine(ranks: list[dict[str, Any]], one: dict[str, Any], samples: int = 101) -> None:
+    for rank in ranks:
+        for key in ("changes", "batch_sizes", "lrs", "global_step"):
+            assert rank[key] == one[key], key
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(rank["weights"][name], weight, rtol=1e-5, atol=1e-6)
+        for name, weight in ranks[0]["weights"].items():
+            assert torch.equal(rank["weights"][name], weight), f"ranks differ in {name}"
+    seen = sorted(index for rank in ranks for index in rank["indices"])
+    assert seen == sorted(one["indices"])
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One rank, with the options that all tests share."""
+    return run(tmp_path_factory.mktemp("reference") / "one", 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [(2, {}), (3, {}), (2, {"micro_batch_size": 4}), (2, {"workers": 1, "samples": 104})],
+    ids=str,
+)
+def test_ranks_equal_one_rank_with_the_same_samples(
+    tmp_path: Path, reference: dict[str, Any], world: int, options: dict[str, Any]
+) -> None:
+    one = run(tmp_path / "one", 1, **options)[0] if "workers" in options else reference
+    ranks = run(tmp_path / "ranks", world, **options)
+    assert len(one["changes"]) > 5
+    assert any(size % world for size in one["batch_sizes"])
+    assert_one_machine(ranks, one)
+
+
+@pytest.mark.parametrize(("place", "explosion"), [("forward", 0), ("backward", 5)])
+def test_one_rank_out_of_memory_hangs_nobody_and_changes_nothing(
+    tmp_path: Path, reference: dict[str, Any], place: str, explosion: int
+) -> None:
+    explode = {"rank": 1, "pass": explosion, "place": place}
+    ranks = run(tmp_path / "ranks", 2, explode=explode)
+    assert [rank["exploded"] for rank in ranks] == [False, True]
+    assert_one_machine(ranks, reference)
+
+
+def test_accumulated_batches_count_over_all_ranks(tmp_path: Path) -> None:
+    (one,) = run(tmp_path / "one", 1, accumulate=2)
+    assert_one_machine(run(tmp_path / "ranks", 2, accumulate=2), one)
+
+
+def test_buffers_of_batch_norm_survive_one_rank_out_of_memory(tmp_path: Path) -> None:
+    options = {"batch_norm": True, "micro_batch_size": 1000}
+    plain = run(tmp_path / "plain", 2, **options)
+    explode = {"rank": 1, "pass": 4, "place": "backward"}
+    failed = run(tmp_path / "failed", 2, **options, explode=explode)
+    assert plain[0]["changes"] == failed[0]["changes"]
+    for rank in (*plain, *failed):
+        assert all(torch.isfinite(weight).all() for weight in rank["weights"].values())
+
+
+def test_unused_parameters_stay_unused(tmp_path: Path) -> None:
+    options = {"unused": True, "strategy": "ddp_find_unused_parameters_true"}
+    (one,) = run(tmp_path / "one", 1, unused=True)
+    assert_one_machine(run(tmp_path / "ranks", 2, **options), one)
+
+
+def test_the_ranks_are_the_parts_of_the_noise_estimate(tmp_path: Path) -> None:
+    ranks = run(tmp_path / "ranks", 2, policy="goodput", epochs=6)
+    assert ranks[0]["noise"] == ranks[1]["noise"]
+    sq_norm, variance, measurements = ranks[0]["noise"]
+    assert measurements > 20
+    (one,) = run(tmp_path / "one", 1, policy="constant", lr_scaling="none", epochs=6)
+    assert variance > 0
+    assert ranks[0]["global_step"] <= one["global_step"]
