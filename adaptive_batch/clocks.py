@@ -64,7 +64,7 @@ class SampleClock:
         if plain.updates is not None:
             target = plain.updates if last else min(target, plain.updates)
         due = [_batch_index(step, plain) for step in range(self.taken + 1, target + 1)]
-        due = due[: int(min(len(due), self.horizon - self.total))]
+        due = due[: int(max(0, min(len(due), self.horizon - self.total)))]
         self.taken = max(self.taken, target)
         self.total += len(due)
         return due

@@ -204,7 +204,8 @@ class BatchSizeController:
     def _absorb_time(self, m: Measurement) -> None:
         measured = len(m.part_sq_norms) > 1
         self._measured_run = self._measured_run + 1 if measured else 0
-        if m.batch_size != self.batch_size:  # an epoch's tail, or fetched before the last change
+        assert self.batch_size is not None
+        if not 0.5 < m.batch_size / self.batch_size < 2:  # an epoch's tail, or fetched before the last change
             return
         self._settled += 1
         if self._settled <= SETTLE:

@@ -35,7 +35,7 @@ def make_adaptive(loader: DataLoader[T], *, rank: int = 0, world_size: int = 1) 
     An iterable data set is asked for so many samples at a time; the true size of each batch travels with it
     from the worker to ``.batch_sampler.draws``, and the loader has no length. On several ranks the other
     ranks' shares count there as they were asked for. One that makes its batches itself (``batch_size=None``)
-    is resized if its attribute ``batch_size`` is a :class:`SharedBatchSize`, which then belongs to the loader.
+    is resized if its attribute ``batch_size`` is a :class:`SharedBatchSize`, which then is the loader's.
 
     Args:
         loader: any loader that batches; returned as it is if it is adaptive already.
@@ -91,8 +91,9 @@ def _sampler_of(adaptive: DataLoader[Any], rank: int, world_size: int) -> Adapti
 
 
 _UNBATCHED = (
-    "A DataLoader with batch_size=None leaves batching to the data set and cannot be resized; give it a batch_size,"
-    " or let its IterableDataset read the size from an attribute batch_size that is a SharedBatchSize."
+    "A DataLoader with batch_size=None leaves batching to the data set and cannot be resized; give it a"
+    " batch_size, or let its IterableDataset read the size from an attribute batch_size that is a"
+    " SharedBatchSize."
 )
 
 

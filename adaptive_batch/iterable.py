@@ -40,7 +40,8 @@ class SharedBatchSize:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"SharedBatchSize({batch_size!r}) is no batch size; give an int of at least 1.")
         self.initial = batch_size
-        self._sizes = torch.tensor([batch_size, batch_size]).share_memory_()  # of this rank, of all
+        self._sizes: Tensor = torch.tensor([batch_size, batch_size])  # of this rank, of all
+        self._sizes.share_memory_()  # type: ignore[no-untyped-call]
 
     def __index__(self) -> int:
         return int(self._sizes[0])
@@ -131,16 +132,6 @@ class OwnBatches(Requests):
         self._shared = size
         super().__init__((), size.initial * world_size, length=length, rank=rank, world_size=world_size)
 
-    @property
-    def batch_size(self) -> int:
-        """Samples of one batch over all ranks."""
-        return super().batch_size
-
-    @batch_size.setter
-    def batch_size(self, value: int) -> None:
-        AdaptiveBatchSampler.batch_size.__set__(self, value)
-        self._shared.set(self.local_batch_size, self.batch_size)
-
     def open(self) -> BatchSource:
         """Ask for batches without end."""
         return _Endless()
@@ -149,12 +140,13 @@ class OwnBatches(Requests):
         """What the data set does not look at."""
         return batch
 
+    def _tell_size(self) -> None:
+        self._shared.set(self.local_batch_size, self.batch_size)
+
 
 class _Endless:
     exhausted = False
-
-    def __init__(self) -> None:
-        self.coming: list[list[int]] = []
+    coming: ClassVar[list[list[int]]] = []
 
     def take(self, batch_size: int, limit: int | None) -> tuple[list[Any], int]:
         return [None] * batch_size, batch_size
@@ -224,8 +216,8 @@ def count_samples(batch: Any) -> int:
         count = len(batch)
     if count is None:
         raise TypeError(
-            f"A batch of type {type(batch).__name__} does not show how many samples it has; make it a tensor, or a"
-            " mapping, sequence or dataclass that has one."
+            f"A batch of type {type(batch).__name__} does not show how many samples it has; make it a tensor,"
+            " or a mapping, sequence or dataclass that has one."
         )
     return count
 

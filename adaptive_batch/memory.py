@@ -22,6 +22,7 @@ __all__ = [
     "MemoryModel",
     "PeakMemory",
     "SavedBytes",
+    "allocated_bytes",
     "device_budget",
     "device_memory",
     "free_memory",
@@ -314,6 +315,12 @@ def device_budget(device: torch.device | str) -> int | None:
     return int(usable * (1 - _MARGIN))
 
 
+def allocated_bytes(device: torch.device | str) -> int:
+    """Bytes allocated on a CUDA device now, in the unit of :class:`PeakMemory`; 0 on other devices."""
+    device = torch.device(device)
+    return _allocated(torch.cuda.device(device).idx)[0] if device.type == "cuda" else 0
+
+
 def resident_bytes() -> float:
     """The resident size of this process in bytes; coarse.
 
@@ -476,6 +483,8 @@ class SavedBytes:
         resident: tensors that are in memory anyway: their storages are left out.
         device: only tensors on this type of device count.
     """
+
+    before = 0  # what is held anyway is not counted
 
     def __init__(self, resident: Iterable[Tensor] = (), device: torch.device | str = "cpu") -> None:
         self.bytes = 0

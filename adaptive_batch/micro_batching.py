@@ -47,8 +47,10 @@ def register_splitter(type_: type, fn: Splitter) -> None:
     _splitters.register(type_, fn)
 
 
-def balanced_sizes(n: int, largest: int) -> list[int]:
+def balanced_sizes(n: int, largest: int, smallest: int = 1) -> list[int]:
     """Sizes of the fewest parts of ``n`` samples that are at most ``largest``, as equal as possible.
+
+    None is below ``smallest``, even if one must then be above ``largest``.
 
     Raises:
         ValueError: if either is below one.
@@ -60,7 +62,7 @@ def balanced_sizes(n: int, largest: int) -> list[int]:
         raise ValueError(
             f"{n} samples cannot be split into parts of at most {largest}; both must be positive."
         )
-    parts = -(-n // largest)
+    parts = max(1, min(-(-n // largest), n // smallest))
     size, longer = divmod(n, parts)
     return [size + 1] * longer + [size] * (parts - longer)
 

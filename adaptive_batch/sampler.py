@@ -8,6 +8,7 @@ takes the positions ``r, r + W, r + 2W, ...`` of each global batch, an exact par
 from __future__ import annotations
 
 import copy
+import sys
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -42,9 +43,10 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
     """Batches of a sampler's indices, of a size that may be set at any time and holds from the next draw on.
 
     Each epoch hands out every index of the sampler exactly once and in its order, whatever the sizes; with
-    ``drop_last`` all but a tail shorter than one batch. At a constant size the order and the use of random
-    numbers are those of :class:`torch.utils.data.BatchSampler`. On several ranks a tail of fewer samples than
-    ranks joins the batch before it (with ``drop_last`` it is dropped like any other).
+    ``drop_last`` all but a tail shorter than one batch. (A size that the samples left over do not make a
+    batch of gives way to the one before: a resize never ends an epoch.) At a constant size the order and the
+    use of random numbers are those of :class:`torch.utils.data.BatchSampler`. On several ranks a tail of
+    fewer samples than ranks joins the batch before it (with ``drop_last`` it is dropped like any other).
 
     Whoever pops ``draws`` says by that what has been consumed, and calls :meth:`end_epoch` when an epoch is
     over. While nobody ever has popped it, a batch counts as consumed once it is delivered; only a loader
@@ -100,6 +102,7 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
     @batch_size.setter
     def batch_size(self, value: int) -> None:
         self._batch_size = _check_batch_size(value, self.world_size)
+        self._tell_size()
 
     @property
     def local_batch_size(self) -> int:
@@ -140,9 +143,11 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
                 f"Batches of {type(self.sampler).__name__}, which has no len(), have no len() either."
             )
         batches, samples = self._settled()
-        full, tail = divmod(max(0, total - samples), self.batch_size)
-        own_batch = tail > 0 and not self.drop_last and (tail >= self.world_size or full == 0)
-        return batches + full + own_batch
+        left = max(0, total - samples)
+        full, tail = divmod(left, self.batch_size)
+        if self.drop_last:
+            return batches + (full or left // self._promised(left))
+        return batches + full + (tail > 0 and (tail >= self.world_size or full == 0))
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the sampler which epoch comes next, if it wants to know."""
@@ -178,7 +183,8 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
             pending = self._unconsumed()
             state["consumed"] = self.consumed
             state["sizes"] = _without_last(self._epoch.sizes, len(pending))
-            state["in_flight"] = [[draw.size, draw.nominal] for draw in pending] + self._epoch.coming
+            coming = copy.deepcopy(self._epoch.coming)
+            state["in_flight"] = [[draw.size, draw.nominal] for draw in pending] + coming
             state["ended"] = self._epoch.ends_with_coming
             state["order"] = self._epoch.order
         return state
@@ -216,13 +222,20 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         """This rank's share of a drawn batch."""
         if self._epoch is epoch:  # a pass that another one has overtaken keeps no books
             self._queue(Draw(len(batch), nominal, epoch.position, self._is_last(epoch)))
-        return batch[self.rank :: self.world_size]
+        return batch if self.world_size == 1 else batch[self.rank :: self.world_size]
 
     def _is_last(self, epoch: Epoch) -> bool:
         total = self._total()
-        too_few = self.batch_size if self.drop_last else 1
-        known = total is not None and total - epoch.position < too_few and not epoch.coming
-        return known or self.left(epoch) == 0 or epoch.ends_with_coming
+        if total is not None:
+            left = total - epoch.position
+            if left >= self._batch_size:
+                return False
+            few = left < self._promised(left) if self.drop_last else left < 1
+            return few and not epoch.coming
+        return self.left(epoch) == 0 or epoch.ends_with_coming
+
+    def _tell_size(self) -> None:
+        """For data that has to be told."""
 
     def _source(self) -> Any:
         """What gives the order."""
@@ -230,8 +243,19 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
 
     def _total(self) -> int | None:
         """Samples of an epoch within the limit."""
-        total = self.samples
-        return total if total is None or self.sample_limit is None else min(total, self.sample_limit)
+        total, limit = self.samples, self.sample_limit
+        return total if total is None or limit is None else min(total, limit)
+
+    def _promised(self, left: int) -> int:
+        """With ``drop_last`` a size that so many samples do not make a batch of gives way to the one before.
+
+        Otherwise a resize would say of a batch that has gone by that it was the last.
+        """
+        if self._resume is not None:
+            sizes = self._resume["sizes"]
+        else:
+            sizes = [] if self._epoch is None else self._epoch.sizes
+        return sizes[-1][0] if sizes else left + 1
 
     def _settled(self) -> tuple[int, int]:
         """Batches and samples of the epoch that are settled: drawn, or to be drawn again in a known size."""
@@ -303,10 +327,15 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
 class BatchSource(Protocol):
     """One pass over the order, batch by batch."""
 
-    coming: list[list[int]]
-    """``[size, nominal]`` of the batches that come next and are settled already."""
-    exhausted: bool
-    """Whether nothing follows what is settled, as far as somebody had to look."""
+    @property
+    def coming(self) -> list[list[int]]:
+        """``[size, nominal]`` of the batches that come next and are settled already."""
+        ...
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing follows what is settled, as far as somebody had to look."""
+        ...
 
     def take(self, batch_size: int, limit: int | None) -> tuple[list[Any], int]:
         """The next global batch and the size that was in force for it; an empty one at the end."""
@@ -333,7 +362,7 @@ class Epoch(Iterator[list[Any]]):
     @property
     def coming(self) -> list[list[int]]:
         """``[size, nominal]`` of the batches that come next and are settled already."""
-        return [] if self.source is None else list(self.source.coming)
+        return [] if self.source is None else self.source.coming
 
     @property
     def ends_with_coming(self) -> bool:
@@ -390,23 +419,39 @@ class _Indices:
     """The indices of a sampler, in its order."""
 
     def __init__(self, owner: AdaptiveBatchSampler) -> None:
-        self.coming: list[list[int]] = []
+        self._coming: list[list[int]] = []
+        self._before: int = (
+            sys.maxsize
+        )  # the size before, which with drop_last a larger one gives way to at the end
         self._owner = owner
         self._indices = iter(owner.sampler)
         self._ahead: deque[Any] = deque()
         self._empty = False
 
     @property
+    def coming(self) -> list[list[int]]:
+        return self._coming
+
+    @property
     def exhausted(self) -> bool:
         return self._empty and not self._ahead
 
     def take(self, batch_size: int, limit: int | None) -> tuple[list[Any], int]:
-        size, nominal = self.coming.pop(0) if self.coming else (batch_size, batch_size)
-        return self._take(max(size, self._owner.world_size), limit), nominal
+        size, nominal = self._coming.pop(0) if self._coming else (batch_size, batch_size)
+        batch = self._take(max(size, self._owner.world_size), limit)
+        if not batch and self._before < nominal:
+            nominal = self._before
+            batch = self._take(nominal, limit)
+        self._before = nominal
+        return batch, nominal
 
     def _take(self, size: int, limit: int | None) -> list[Any]:
         # One rank never looks ahead: a sampler may draw random numbers for it, or be exhausted too early.
         drop_last, world_size = self._owner.drop_last, self._owner.world_size
+        if world_size == 1 and limit is None and not (drop_last or self._ahead or self._empty):
+            batch = list(islice(self._indices, size))  # the usual case, without a detour
+            self._empty = len(batch) < size
+            return batch
         ahead = 0 if drop_last or world_size == 1 else world_size
         wanted = size + ahead if limit is None else min(size + ahead, limit)
         self._fill(wanted)
@@ -419,7 +464,8 @@ class _Indices:
 
     def skip(self, state: Mapping[str, Any], batch_size: int) -> None:
         samples = state["consumed"]
-        self.coming = copy.deepcopy(state["in_flight"])
+        self._before = state["sizes"][-1][0] if state["sizes"] else self._before
+        self._coming = copy.deepcopy(state["in_flight"])
         self._fill(samples + 1)  # one more, since generators draw their random numbers with the first index
         for _ in range(min(samples, len(self._ahead))):
             self._ahead.popleft()

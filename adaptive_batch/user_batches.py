@@ -15,7 +15,7 @@ _LOOK_AHEAD = 1  # whether another batch follows the one that is handed out
 
 
 def is_resizable(batch_sampler: Any) -> bool:
-    """Whether it has the one thing that resizing needs: an ``int`` attribute ``batch_size`` that can be set."""
+    """Whether it has what resizing needs: an ``int`` attribute ``batch_size`` that can be set."""
     size = getattr(batch_sampler, "batch_size", None)
     if not isinstance(size, int) or isinstance(size, bool):
         return False
@@ -128,7 +128,8 @@ class UserBatchSampler(AdaptiveBatchSampler):
         return len(self.batch_sampler)
 
     def _within_limit(self, batches: int) -> int:
-        return batches if self.sample_limit is None else min(batches, -(-self.sample_limit // self.batch_size))
+        limit = self.sample_limit
+        return batches if limit is None else min(batches, -(-limit // self.batch_size))
 
     def _standing(self) -> tuple[list[list[int]], list[list[int]], bool]:
         """Runs of ``[nominal, batches]`` drawn, ``[size, nominal]`` to come, and whether that is all."""
@@ -150,11 +151,15 @@ class _UserBatches:
         self._batches = iter(owner.batch_sampler)
         self._ahead: deque[tuple[list[Any], int]] = deque()
         self._resized = False
-        self.exhausted = False
+        self._empty = False
 
     @property
     def coming(self) -> list[list[int]]:
         return [[len(batch), nominal] for batch, nominal in self._ahead]
+
+    @property
+    def exhausted(self) -> bool:
+        return self._empty
 
     def take(self, batch_size: int, limit: int | None) -> tuple[list[Any], int]:
         if limit == 0:
@@ -178,7 +183,7 @@ class _UserBatches:
     def look_ahead(self, batch_size: int) -> None:
         """Once the user's own length holds no longer, know of the end before it comes."""
         self._resized = self._resized or batch_size != self._owner.own_size
-        while self._resized and len(self._ahead) < _LOOK_AHEAD and not self.exhausted:
+        while self._resized and len(self._ahead) < _LOOK_AHEAD and not self._empty:
             self._draw(batch_size)
 
     def _draw(self, batch_size: int) -> None:
@@ -186,4 +191,4 @@ class _UserBatches:
         if batch:
             self._ahead.append((batch, batch_size))
         else:
-            self.exhausted = True
+            self._empty = True

@@ -46,7 +46,7 @@ class EpochBooks:
         plain: the epoch at the reference size.
         sampler: what draws the batches.
         limit: ``limit_train_batches`` as the user set it.
-        whole: samples of the epoch without a limit; ``None`` if the data has no length.
+        whole: batches of the epoch at the reference size without a limit; ``None`` if the data has no length.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class EpochBooks:
         self._trainer = trainer
         self._sampler = sampler
         self._limit = limit
-        self._whole = plain.samples if isinstance(limit, float) else whole
+        self._whole = plain.batches if isinstance(limit, float) else whole
         self._validated = False
         self._running = False  # inside an epoch
         if isinstance(limit, float) and limit < 1.0 and plain.samples is not None:
@@ -106,11 +106,12 @@ class EpochBooks:
     def start_batch(self) -> None:
         """A limit in batches ends the epoch also where Lightning looks for the end of the data."""
         self._running = True
-        if not self.has_length and _lightning.batches_started(self._trainer) == self._limit:
+        limit = self._limit if isinstance(self._limit, int) else None
+        if _lightning.batches_started(self._trainer) == limit and not self.has_length:
             _lightning.mark_last_batch(self._trainer)
 
     def end_batch(self, before: int, position: int, *, last: bool) -> None:
-        """Decide whether validation follows the batch that took the epoch from ``before`` to ``position`` samples."""
+        """Decide whether validation follows the batch that took the epoch from ``before`` to ``position``."""
         trainer = self._trainer
         if _lightning.validates_by_time(trainer):
             return
@@ -129,18 +130,19 @@ class EpochBooks:
         assert self.plain.batches is not None
         every = max(1, int(self.plain.batches * self._trainer.val_check_interval))
         points = self.plain.batches // every
-        if every * points == self.plain.batches:
-            if last:
-                return True  # the last point is the epoch's end, wherever that comes to lie
-            points -= 1
+        whole = every * points == self.plain.batches  # the last point is the end, wherever that comes to lie
         started = _lightning.batches_started(self._trainer)
         done, now = self._progress(started - 1, before), self._progress(started, position)
+        if last:
+            return whole or done // every < points  # data that ends early leaves no validation out
+        points -= whole
         return min(now // every, points) > min(done // every, points)
 
     def _progress(self, batches: int, position: int) -> int:
         """How far the epoch is, in batches of the reference size."""
         assert self.plain.batches is not None
-        by_samples = position * self.plain.batches // self._whole if self._whole else 0
+        reference = position // self.plain.batch_size
+        by_samples = reference * self.plain.batches // self._whole if self._whole else 0
         by_batches = batches * self.plain.batches // self._limit if isinstance(self._limit, int) else 0
         return max(by_samples, by_batches)
 
@@ -169,61 +171,67 @@ class LoaderLimits:
         self.limit: int | float = trainer.limit_train_batches
         self._trainer = trainer
         self._by_time = _lightning.validates_by_time(trainer)
+        self._interval: int | float = 1.0 if self._by_time else trainer.val_check_interval
 
     def set_up(self, original: Callable[[], None]) -> None:
         """Lightning's set-up of the training data, without limits that it would apply wrongly."""
         trainer = self._trainer
-        interval = None if self._by_time else trainer.val_check_interval
         if isinstance(self.limit, float) and 0 < self.limit < 1:
             trainer.limit_train_batches = 1.0
-        if interval is not None:
-            trainer.val_check_interval = 1 if isinstance(interval, int) else 1.0
+        if not self._by_time:
+            trainer.val_check_interval = 1 if isinstance(self._interval, int) else 1.0
         try:
             original()
         finally:
             trainer.limit_train_batches = self.limit
-            if interval is not None:
-                trainer.val_check_interval = interval
+            if not self._by_time:
+                trainer.val_check_interval = self._interval
+
+    def restore_interval(self) -> None:
+        """After a set-up: the interval in batches that Lightning has not seen."""
+        if not self._by_time and isinstance(self._interval, int):
+            self._trainer.val_check_batch = self._interval
 
     def look_for_the_end(self) -> None:
         """Let Lightning find the end of data without a length also under a limit in batches."""
         self._trainer.limit_train_batches = 1.0
 
-    def apply(self, plain: PlainEpoch, *, has_length: bool) -> None:
-        """Set what depends on the interval, and refuse what cannot be kept.
+    def check(self, plain: PlainEpoch, *, has_length: bool) -> None:
+        """Refuse what cannot be kept.
+
+        Args:
+            plain: the epoch at the reference size.
+            has_length: whether the loader says how many batches there are.
 
         Raises:
             ValueError: for a limit or interval that does not fit the data.
         """
-        self._check_limit(plain, has_length)
-        if self._by_time:
-            return
-        trainer, interval = self._trainer, self._trainer.val_check_interval
+        fraction = isinstance(self.limit, float) and 0 < self.limit < 1
+        if fraction and not has_length:
+            raise ValueError(
+                f"limit_train_batches={self.limit} is a fraction of an epoch, but the training loader has no"
+                " length; give a number of batches."
+            )
+        if fraction and plain.batches == 0:
+            raise ValueError(
+                f"limit_train_batches={self.limit} is less than one batch of an epoch; make it larger, or"
+                " give a number of batches."
+            )
+        if not self._by_time:
+            self._check_interval(plain)
+
+    def _check_interval(self, plain: PlainEpoch) -> None:
+        trainer, interval = self._trainer, self._interval
         if not isinstance(interval, int):
             if interval < 1 and plain.batches is None:
                 raise ValueError(
-                    f"val_check_interval={interval} is a fraction of an epoch, but the training data has no length; give "
-                    "a number of batches or a time."
+                    f"val_check_interval={interval} is a fraction of an epoch, but the training data has no"
+                    " length; give a number of batches or a time."
                 )
             return
-        trainer.val_check_batch = interval
         per_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
         if per_epoch and plain.batches is not None and interval > plain.batches:
             raise ValueError(
-                f"val_check_interval={interval} is more than the {plain.batches} training batches of an epoch; make it "
-                "smaller, or set check_val_every_n_epoch=None to count batches over epochs."
-            )
-
-    def _check_limit(self, plain: PlainEpoch, has_length: bool) -> None:
-        if isinstance(self.limit, int) or self.limit in (0.0, 1.0):
-            return
-        if not has_length:
-            raise ValueError(
-                f"limit_train_batches={self.limit} is a fraction of an epoch, but the training loader has no length; give a "
-                "number of batches."
-            )
-        if plain.batches == 0:
-            raise ValueError(
-                f"limit_train_batches={self.limit} is less than one batch of an epoch; make it larger, or give a number "
-                "of batches."
+                f"val_check_interval={interval} is more than the {plain.batches} training batches of an"
+                " epoch; make it smaller, or set check_val_every_n_epoch=None to count batches over epochs."
             )

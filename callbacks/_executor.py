@@ -14,12 +14,25 @@ from torch import Tensor, nn
 from adaptive_batch.callbacks import _lightning
 from adaptive_batch.callbacks._metrics import Metrics
 from adaptive_batch.callbacks._parts import Parts
+from adaptive_batch.callbacks._probe import Probe
+from adaptive_batch.callbacks._self_check import SelfCheck
+from adaptive_batch.callbacks._trial import Trial
 from adaptive_batch.layers import batch_dependent_layers
 from adaptive_batch.measurement import Number
-from adaptive_batch.memory import free_memory, is_hook_refusal, is_out_of_memory, measure_memory
+from adaptive_batch.memory import (
+    PeakMemory,
+    SavedBytes,
+    allocated_bytes,
+    free_memory,
+    is_hook_refusal,
+    is_out_of_memory,
+    measure_memory,
+)
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
 from adaptive_batch.micro_batching import balanced_sizes, split_batch
 from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
+from adaptive_batch.noise.per_example import PerExampleNorms
+from adaptive_batch.noise.sample import NoiseSample, equivalent_sample
 from adaptive_batch.timing import Elapsed, mark
 from adaptive_batch.transaction import Rollback
 
@@ -29,6 +42,9 @@ if TYPE_CHECKING:
 __all__ = ["UpdateExecutor"]
 
 WeightFn = Callable[[Any, Any], "float | Tensor"]
+
+_WORTH_MEASURING = 1.1
+"""Times the largest size measured: up to there the memory model is exact enough."""
 
 PURPOSEFUL_PARTS = 2
 """Parts of an update that is split for the noise alone: each costs a pass's overhead, and what limits the
@@ -50,8 +66,11 @@ class UpdateExecutor:
         loss_reduction: whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` over its samples.
         weight_fn: ``(micro_batch, batch) -> weight`` of a part's loss, for losses that are neither.
         recovers: whether a batch may be split after an out-of-memory error.
-        probes: whether the noise is measured by passes of their own, which change nothing, instead of by
-            splitting updates. A model with layers that look across the batch is never split for the noise.
+        explores: whether to find out, before the first update, how many samples ``limit.budget`` allows.
+        self_check: whether to compare the gradients of the first batch, split and unsplit.
+        noise: where the noise is measured: ``"micro_batches"`` splits updates, ``"probe"`` makes passes of its
+            own, ``"per_example"`` uses hooks on the layers; both change nothing. ``"auto"`` splits.
+        probes: whether ``"auto"`` probes instead. A model with layers that look across the batch is never split for the noise.
     """
 
     def __init__(
@@ -63,7 +82,10 @@ class UpdateExecutor:
         loss_reduction: str,
         weight_fn: WeightFn | None,
         recovers: bool,
+        noise: str = "auto",
         probes: bool,
+        explores: bool = False,
+        self_check: bool = False,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -74,7 +96,10 @@ class UpdateExecutor:
         self._across_batch = batch_dependent_layers(module)
         self._resident = [*module.parameters(), *module.buffers()]
         self._measures_memory = recovers
-        self._probes = probes or bool(self._across_batch)
+        automatic = "probe" if probes or self._across_batch else "micro_batches"
+        self._noise = automatic if noise == "auto" else noise
+        self._examples = PerExampleNorms(module) if noise == "per_example" else None
+        self._probe = Probe(trainer, module)
         if self._across_batch and (recovers or limit.largest is not None):
             warnings.warn(
                 f"{self._across_batch[0]} looks across the batch: an update that is split, which happens only where "
@@ -82,7 +107,12 @@ class UpdateExecutor:
                 stacklevel=2,
             )
         self._metrics = Metrics(module)
+        self._device = trainer.strategy.root_device
+        self._explores = explores
+        self._self_check = SelfCheck(trainer, module, self._weight) if self_check else None
         self.ranks = trainer.world_size
+        if self._examples is not None and self.ranks > 1:
+            raise ValueError('noise="per_example" measures one rank alone; use noise="auto" on several.')
         self._samples = 0
         self._wait = 0.0
         self._share = 1.0
@@ -97,23 +127,27 @@ class UpdateExecutor:
         self._batch_sizes: list[int] = []
         self.pass_sizes: list[int] = []
         self.pass_seconds: list[Elapsed] = []
-        self.part_sq_norms: list[Tensor] = []
+        self.part_sq_norms: list[Number] = []
         self.part_sizes: list[int] = []
         self.sq_norm: Number = float("nan")
         self.micro_batch_size = 0
         self.peak_memory = 0.0
 
-    def start_batch(self, samples: int, wait: float, *, global_samples: int) -> None:
+    def start_batch(self, samples: int, wait: float = 0.0, *, global_samples: int | None = None) -> None:
         """The next closure is for this rank's ``samples`` of a batch, which the loop has waited for.
 
-        Ranks average their gradients whatever their shares, so each weighs its loss by its share.
+        Ranks average their gradients whatever their shares, so each weighs its loss by its share; without
+        ``global_samples`` all count alike, as in plain Lightning.
         """
         self._samples = samples
         self._wait = wait
-        self._share = float(self.ranks)
-        if self._loss_reduction != "sum":
+        if global_samples is None:
+            self._share = 1.0
+        elif self._loss_reduction == "sum":
+            self._share = float(self.ranks)
+        else:
             self._share = self.ranks * samples / global_samples
-        self._batch_sizes.append(global_samples)
+        self._batch_sizes.append(samples if global_samples is None else global_samples)
 
     def make_closure(self, original: Callable[..., Any], kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
         """Lightning's closure for this batch, made to run in parts where it has to."""
@@ -128,22 +162,37 @@ class UpdateExecutor:
         largest = self.limit.of(n)
         if split and n >= PURPOSEFUL_PARTS:
             largest = min(largest, -(-n // PURPOSEFUL_PARTS))
-        return balanced_sizes(n, largest)
+        return balanced_sizes(n, largest, self.limit.smallest)
 
     @property
     def _splits_for_noise(self) -> bool:
         """The batches of an accumulation window are parts already."""
-        return self._taps and self.ranks == 1 and self._trainer.accumulate_grad_batches == 1
+        alone = self.ranks == 1 and self._trainer.accumulate_grad_batches == 1
+        return self._taps and alone and self._noise == "micro_batches"
 
     def measures_memory(self, samples: int) -> bool:
         """Whether to measure the memory of the next pass: never without a budget to keep."""
-        return self._measures_memory and self.limit.budget is not None and self.limit.measures(samples)
+        if not self._measures_memory or self.limit.budget is None or self._missing_gradients() > 0:
+            return False
+        return self.limit.measures(samples)
+
+    def _held(self) -> int:
+        """Bytes that are held while no pass runs, the gradients counted whether or not they are there yet."""
+        return 0 if self.limit.budget is None else allocated_bytes(self._device) + self._missing_gradients()
+
+    def _missing_gradients(self) -> int:
+        """Bytes of the gradients before the first update; from then on there are some at any time."""
+        trained = [p for p in self._module.parameters() if p.requires_grad]
+        if self._device.type == "cpu" or any(p.grad is not None for p in trained):
+            return 0
+        return sum(p.numel() * p.element_size() for p in trained)
 
     def _run(self, closure: Any, plain: Callable[[], Any], kwargs: Mapping[str, Any], batch_idx: int) -> Any:
         """The batch's gradients and outputs, attempted in ever smaller parts while memory runs out."""
-        if self._measure and self._probes and self.ranks == 1:
-            self._probe(kwargs)
+        if self._measure and self._noise == "probe" and self.ranks == 1:
+            self._run_probe(kwargs)
         if not self._recovers:
+            self._check_first(kwargs)
             result = self._attempt(closure, plain, kwargs, self._sizes(split=self._splits_for_noise))
             self._end_batch()
             return result
@@ -151,6 +200,10 @@ class UpdateExecutor:
         sync = _lightning.RankSync(self._trainer) if _lightning.uses_ddp(self._trainer) else None
         if sync is not None:
             sync.share_buffers()
+        with nullcontext() if sync is None else sync.blocked():
+            self._check_first(kwargs)
+            self._explore_once(kwargs)
+        self.limit.held = self._held()
         self._rollback.save(accumulated=accumulated)
         self._metrics.save()
         hook = self._module._current_fx_name
@@ -166,7 +219,7 @@ class UpdateExecutor:
                     refused = is_hook_refusal(error)
                     if not (refused or is_out_of_memory(error)):
                         raise
-                    if not refused and sizes[0] <= self.limit.smallest:
+                    if not refused and sizes[0] <= self._least:
                         raise RuntimeError(self._no_way_out(sizes[0])) from error
                 # Out here, where the traceback no longer holds the failed attempt's tensors.
                 cleared = zero_grad is not None and closure._zero_grad_fn is None
@@ -174,7 +227,7 @@ class UpdateExecutor:
                 self._metrics.restore()
                 self._module._current_fx_name = hook
                 if refused:
-                    self._measures_memory = False
+                    self._measure_no_memory()
                 else:
                     self._learn(sizes[0])
                 if sync is not None:
@@ -183,11 +236,83 @@ class UpdateExecutor:
             closure._zero_grad_fn = zero_grad  # an optimizer that calls the closure again clears again
             self._rollback.forget()
             self._metrics.forget()
-        self.limit.succeeded(sizes[0])
+        self.limit.succeeded(self._samples)
         if sync is not None and not _lightning.accumulating(self._trainer):
             sync.average()
         self._end_batch()
         return result
+
+    def _check_first(self, kwargs: Mapping[str, Any]) -> None:
+        if self._self_check is not None and self._self_check.run(kwargs, self._samples):
+            self._self_check = None
+
+    def _explore_once(self, kwargs: Mapping[str, Any]) -> None:
+        """A budget that the user gave is kept from the first update on; without one a whole batch is run."""
+        if not self._explores or self.limit.model.measured:
+            return
+        self._explores = False
+        try:
+            self._explore(kwargs)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise RuntimeError(self._no_way_out(self._least)) from error
+            raise
+
+    def _explore(self, kwargs: Mapping[str, Any]) -> None:
+        """Measure passes over ever more samples, as far as the budget goes, and put everything back."""
+        trial, least = Trial(self._trainer, self._module), min(self.limit.smallest, self._samples)
+        with trial.undone():
+            self._trial_pass(trial, kwargs, least)  # makes the gradients, which are there in every later pass
+            self.limit.held = self._held()
+            for size in (least, 2 * least):  # without two sizes nothing could be said about a third
+                if size <= min(self._samples, self.limit.largest or size):
+                    self._explore_size(trial, kwargs, size)
+            while self._measures_memory and self._worth_measuring(size := self.limit.of(self._samples)):
+                self._explore_size(trial, kwargs, size)
+
+    def _worth_measuring(self, size: int) -> bool:
+        return size > _WORTH_MEASURING * self.limit.model.measured[-1]
+
+    def _explore_size(self, trial: Trial, kwargs: Mapping[str, Any], size: int) -> None:
+        if not self._measures_memory:
+            return
+        try:
+            with measure_memory(self._device, self._resident) as memory:
+                self._trial_pass(trial, kwargs, size)
+            self._take(size, memory)
+            return
+        except Exception as error:
+            refused = is_hook_refusal(error)
+            if not refused and (not is_out_of_memory(error) or size <= self.limit.smallest):
+                raise
+        if refused:
+            self._measure_no_memory()
+        else:
+            self._learn(size)
+
+    def _trial_pass(self, trial: Trial, kwargs: Mapping[str, Any], size: int) -> None:
+        rest = self._samples - size
+        sizes = [size, rest] if rest else [size]
+        loss = trial.loss(kwargs, split_batch(kwargs["batch"], sizes, self._samples)[0])
+        if loss is not None:
+            torch.autograd.backward(loss)
+
+    def _take(self, size: int, memory: PeakMemory | SavedBytes) -> None:
+        self.limit.model.update(size, memory.bytes - memory.before)
+        self.peak_memory = max(self.peak_memory, float(memory.bytes))
+
+    def _measure_no_memory(self) -> None:
+        self._measures_memory = False
+        warnings.warn(
+            "memory_budget is not kept: training_step uses torch.func, under which the bytes that are saved "
+            "for backward cannot be counted.",
+            stacklevel=2,
+        )
+
+    @property
+    def _least(self) -> int:
+        """Samples of the largest part where the batch is split as finely as the model allows."""
+        return balanced_sizes(self._samples, 1, self.limit.smallest)[0]
 
     def _no_way_out(self, size: int) -> str:
         samples = "one sample" if size == 1 else f"{size} samples, the least that {self._across_batch[0]} can take,"
@@ -203,49 +328,18 @@ class UpdateExecutor:
         )
         free_memory(self._trainer.strategy.root_device)
 
-    def _probe(self, kwargs: Mapping[str, Any]) -> None:
-        """Measure the parts of this batch, throw the gradients away and put everything else back.
-
-        Under layers that look across the batch these are the gradients of batches of the parts' size.
-        """
+    def _run_probe(self, kwargs: Mapping[str, Any]) -> None:
+        """Measure the parts of this batch by passes of their own."""
         self._measure = False
-        parameters = self._parameters()
-        gradients = [p.grad for p in parameters]
-        hook = self._module._current_fx_name
-        self._rollback.save(accumulated=False)
-        self._metrics.save()
-        try:
-            with _lightning.LogBuffer(self._trainer) as log, PartNorms(parameters) as norms:
-                for p in parameters:
-                    p.grad = None
-                self._run_probe(kwargs, log, norms)
-                total = grad_sq_norm(parameters)
-            if total is not None:
-                self.part_sq_norms, self.part_sizes, self.sq_norm = norms.sq_norms, norms.sizes, total
-        finally:
-            self._rollback.restore(gradients=True)
-            self._rollback.forget()
-            self._metrics.restore()
-            self._metrics.forget()
-            self._module._current_fx_name = hook
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = gradient
 
-    @torch.enable_grad()
-    def _run_probe(self, kwargs: Mapping[str, Any], log: _lightning.LogBuffer, norms: PartNorms) -> None:
-        loop = self._trainer.fit_loop.epoch_loop.automatic_optimization
-        sizes = self._sizes(split=True)
-        batch = kwargs["batch"]
-        for part, size in zip(split_batch(batch, sizes, self._samples), sizes, strict=True):
-            log.start_part(part)
-            output = loop._make_step_fn({**kwargs, "batch": part})()
-            if output.closure_loss is None:
-                continue
-            # Weighted to the mean over the batch, without the hooks of a backward pass.
-            share = self._weight(part, batch, size)
+        def factor(part: Any, size: int) -> tuple[Number, Number]:
+            share = self._weight(part, kwargs["batch"], size, self._samples)
             share = share / self._samples if self._loss_reduction == "sum" else share
-            (output.closure_loss * (share * self._trainer.accumulate_grad_batches)).backward()
-            norms.end_part(size, size / self._samples if self._weight_fn is None else share)
+            return share, size / self._samples if self._weight_fn is None else share
+
+        sample = self._probe.measure(self._parameters(), kwargs, self._sizes(split=True), factor)
+        if sample is not None:
+            self._keep(sample)
 
     def _attempt(
         self, closure: Any, plain: Callable[[], Any], kwargs: Mapping[str, Any], sizes: list[int]
@@ -253,7 +347,7 @@ class UpdateExecutor:
         passes = _Passes(self, sizes)
         parts = None
         # An optimizer may call the closure many times (LBFGS); its first call is the one to measure.
-        norms = PartNorms(self._parameters()) if self._taps else None
+        norms = (self._examples or PartNorms(self._parameters())) if self._taps else None
         buffered = self._recovers or len(sizes) > 1
         log = _lightning.LogBuffer(self._trainer) if buffered else None
         with log or nullcontext(), norms or nullcontext():
@@ -277,7 +371,7 @@ class UpdateExecutor:
     @property
     def _taps(self) -> bool:
         """Whether the passes themselves are measured; of several ranks each is a part."""
-        return self._measure and (self.ranks > 1 or not self._probes)
+        return self._measure and (self.ranks > 1 or self._noise != "probe")
 
     def _whole(self, closure: Any, plain: Callable[[], Any]) -> Any:
         """Lightning's own closure: not even a factor of one where nothing is split."""
@@ -308,12 +402,12 @@ class UpdateExecutor:
         kwargs: Mapping[str, Any],
         passes: _Passes,
         log: _lightning.LogBuffer | None,
-        norms: PartNorms | None,
+        norms: PartNorms | PerExampleNorms | None,
     ) -> Parts:
         """Forward and backward of each part; the gradients add up to the whole batch's."""
         batch, sizes = kwargs["batch"], passes.sizes
         pieces = split_batch(batch, sizes, self._samples)
-        weights = [self._weight(piece, batch, size) for piece, size in zip(pieces, sizes, strict=True)]
+        weights = [self._weight(p, batch, size, self._samples) for p, size in zip(pieces, sizes, strict=True)]
         parts = Parts(
             sizes,
             weights,
@@ -334,18 +428,20 @@ class UpdateExecutor:
 
     def _part(self, closure: Any, kwargs: Mapping[str, Any], weight: Number, *, first: bool) -> Any:
         loop = self._trainer.fit_loop.epoch_loop.automatic_optimization
-        output = loop._make_step_fn(kwargs)()
+        output = loop._make_step_fn(kwargs)()  # type: ignore[arg-type]
         clear = self._once(closure, closure._zero_grad_fn) if first else None
         if clear is not None:
             clear()
-        if closure._backward_fn is not None and output.closure_loss is not None:
+        if output.closure_loss is None:
+            closure.warning_cache.warn("`training_step` returned `None`: that part of the batch adds nothing.")
+        elif closure._backward_fn is not None:
             closure._backward_fn(output.closure_loss * (weight * self._share))
         return output
 
-    def _weight(self, part: Any, batch: Any, size: int) -> Number:
+    def _weight(self, part: Any, batch: Any, size: int, samples: int) -> Number:
         if self._weight_fn is not None:
             return self._weight_fn(part, batch)
-        return 1.0 if self._loss_reduction == "sum" else size / self._samples
+        return 1.0 if self._loss_reduction == "sum" else size / samples
 
     def _mean_gradient_factor(self, weight: Number, size: int) -> Number:
         """What the mean gradient of a part's samples was multiplied with before it reached the hooks."""
@@ -371,6 +467,18 @@ class UpdateExecutor:
             if self._loss_reduction == "sum":
                 factor = factor * sum(self._batch_sizes) / accumulate
             self.sq_norm = total / factor**2
+            if self._examples is not None:
+                self._keep_examples()
+
+
+    def _keep_examples(self) -> None:
+        """Two parts that say what one per example would say."""
+        norms = torch.cat([torch.as_tensor(norm) for norm in self.part_sq_norms])
+        self._keep(equivalent_sample(norms.mean(), 1, self.sq_norm, sum(self.part_sizes)))
+
+    def _keep(self, sample: NoiseSample) -> None:
+        self.part_sq_norms, self.part_sizes = list(sample.sq_norms), [int(size) for size in sample.sizes]
+        self.sq_norm = sample.sq_norm
 
 
 class _Passes:
@@ -390,8 +498,7 @@ class _Passes:
         if self._executor.measures_memory(size):
             with measure_memory(self._device, self._executor._resident) as memory:
                 result = run()
-            self._executor.limit.model.update(size, memory.bytes)
-            self._executor.peak_memory = max(self._executor.peak_memory, float(memory.bytes))
+            self._executor._take(size, memory)
         else:
             result = run()
         self.seconds.append(Elapsed(started, mark(self._device), self._wait_per_sample * size))

@@ -71,10 +71,13 @@ class Patches:
 
 def logger_of(trainer: Trainer) -> logging.Logger:
     """The logger of the Lightning package that the trainer is from, whose messages its users see."""
+    return logging.getLogger(f"{_package_of(trainer)}.adaptive_batch")
+
+
+def _package_of(trainer: Trainer) -> str:
     modules = (cls.__module__ for cls in type(trainer).__mro__)
     package = next(m for m in modules if m.startswith(("pytorch_lightning.", "lightning.pytorch.")))
-    root = "pytorch_lightning" if package.startswith("pytorch_lightning") else "lightning.pytorch"
-    return logging.getLogger(f"{root}.adaptive_batch")
+    return "pytorch_lightning" if package.startswith("pytorch_lightning") else "lightning.pytorch"
 
 
 def override_train_loader(patches: Patches, trainer: Trainer, transform: Callable[[Any], Any]) -> None:
@@ -130,6 +133,18 @@ def override_optimizer_step(patches: Patches, trainer: Trainer, step: Callable[.
         return lambda batch_idx, closure: step(original, batch_idx, closure)
 
     patches.override(loop, "_optimizer_step", make)
+
+
+def override_manual_step(patches: Patches, trainer: Trainer, step: Callable[..., Any]) -> None:
+    """Run each optimizer step of a manual optimization by ``step(original, optimizer, closure, **others)``.
+
+    Every step that a LightningModule takes through ``self.optimizers()`` comes by here.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda optimizer, closure, **others: step(original, optimizer, closure, **others)
+
+    patches.override(trainer.strategy, "optimizer_step", make)
 
 
 def override_scheduler_steps(
@@ -188,6 +203,27 @@ def step_kwargs(trainer: Trainer, batch: Any, batch_idx: int) -> Mapping[str, An
     return kwargs
 
 
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """The trainer's callbacks, which its own types do not know of."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def samples_of(trainer: Trainer, batch: Any) -> int:
+    """Samples of a batch as Lightning finds them: the rows of its first tensor.
+
+    Private: ``utilities.data._extract_batch_size`` (2.0 to 2.6).
+    """
+    data = importlib.import_module(f"{_package_of(trainer)}.utilities.data")
+    found = (rows for rows in data._extract_batch_size(batch) if rows is not None)
+    samples = next(found, None)
+    if samples is None:
+        raise ValueError(
+            f"a batch of type {type(batch).__name__} has no tensor to count its samples by; pass "
+            "batch_size_of=lambda batch: ..."
+        )
+    return int(samples)
+
+
 def total_batches_started(trainer: Trainer) -> int:
     """Batches of the run handed to the loop so far, the one at hand included."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
@@ -235,12 +271,12 @@ def start_prefetching(trainer: Trainer) -> None:
 
     Private: ``fit_loop._data_fetcher``, its ``length``, its ``batches`` and its base class's ``__next__``.
     """
-    fetcher = trainer.fit_loop._data_fetcher
+    fetcher: Any = trainer.fit_loop._data_fetcher
     if fetcher is None or fetcher.length is None:
         return
     fetcher.length = None
     try:
-        fetcher.batches.append(type(fetcher).__mro__[1].__next__(fetcher))
+        fetcher.batches.append(super(type(fetcher), fetcher).__next__())
     except StopIteration:
         mark_last_batch(trainer)
 
@@ -257,7 +293,8 @@ def put_back_later(patches: Patches, trainer: Trainer, loaders: list[Any]) -> No
     """
     given = trainer.fit_loop._data_source.instance
     if given is trainer.fit_loop._combined_loader:
-        patches.later(lambda loaders=list(loaders): setattr(given, "flattened", loaders))
+        before = list(loaders)
+        patches.later(lambda: setattr(given, "flattened", before))
 
 
 def _set_progress_bar_total(trainer: Trainer, batches: int) -> None:
@@ -410,7 +447,7 @@ class _LogCall(NamedTuple):
 def _merged(calls: list[_LogCall], parts: Parts, fx: str) -> tuple[Any, dict[str, Any]]:
     value, kwargs = calls[-1].value, calls[-1].kwargs
     given = [call.kwargs.get("batch_size") for call in calls]
-    counts = None if None in given else given
+    counts = None if None in given else [int(count) for count in given if count is not None]
     # Without a count of the user's own Lightning finds that of the whole batch, as ever.
     kwargs = {**kwargs, "batch_size": counts and sum(counts)}
     if not isinstance(value, Tensor) or fx == "on_after_backward":

@@ -1,7 +1,7 @@
 """torchmetrics objects across the parts of a batch: whole-batch step values, and a way back.
 
-Private names of torchmetrics: ``_defaults``, ``_reductions``, ``_update_count``, ``_computed``, ``_forward_cache``,
-``_to_sync``, ``_reduce_states`` (1.0 to 1.9).
+Private names of torchmetrics: ``_defaults``, ``_reductions``, ``_update_count``, ``_computed``,
+``_forward_cache``, ``_to_sync``, ``_reduce_states`` (1.0 to 1.9).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Metrics:
 
 
 class _Joined:
-    """A metric that is emptied, so that the parts add up to the batch alone, and joined with what was before."""
+    """A metric that is emptied, so that the parts add up to the batch, and joined with what was before."""
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric

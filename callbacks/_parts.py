@@ -45,7 +45,9 @@ class Parts:
         self._accumulate = accumulate
         counts: Sequence[Number] = weights if by_weights else sizes
         self._shares = _normalised(counts)
-        self._loss_counts_alike = not by_weights and all(w == s for w, s in zip(weights, self._shares, strict=True))
+        self._loss_counts_alike = not by_weights and all(
+            w == s for w, s in zip(weights, self._shares, strict=True)
+        )
         self._results: list[Any] = []
         self._losses: list[Tensor | None] = []
 
@@ -57,12 +59,13 @@ class Parts:
 
     def joined(self) -> Any:
         """The closure result of the whole batch. A part without a loss (``None`` returned) is left out."""
-        present = [i for i, loss in enumerate(self._losses) if loss is not None]
+        present = [(i, loss) for i, loss in enumerate(self._losses) if loss is not None]
         if not present:
             return self._results[0]
-        loss = sum(self._losses[i] * self._weights[i] for i in present)  # type: ignore[operator]
-        extras = [self._results[i].extra for i in present]
-        extra = {key: self._join([e.get(key) for e in extras], present) for key in extras[0]}
+        parts = [i for i, _ in present]
+        loss = _weighted([loss for _, loss in present], [self._weights[i] for i in parts])
+        extras = [self._results[i].extra for i in parts]
+        extra = {key: self._join([e.get(key) for e in extras], parts) for key in extras[0]}
         return type(self._results[0])(loss, extra=extra)
 
     def reduced(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +14,21 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from adaptive_batch.callbacks import _lightning
 from adaptive_batch.callbacks._books import EpochBooks, LoaderLimits, plain_epoch
-from adaptive_batch.callbacks._executor import UpdateExecutor, WeightFn
+from adaptive_batch.callbacks._executor import WeightFn
 from adaptive_batch.callbacks._lightning import CallbackBase, Patches
+from adaptive_batch.callbacks._options import Splitting, check_choice, check_function
+from adaptive_batch.callbacks.memory_monitor import MemoryMonitor
 from adaptive_batch.clocks import GainClock, PlainEpoch, SampleClock
 from adaptive_batch.controller import BatchSizeController, Decision, check_bounds
 from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
 from adaptive_batch.distributed import SharedOrder, broadcast, gather, merge_ranks
 from adaptive_batch.history import Change, History, Update
+from adaptive_batch.iterable import count_samples
 from adaptive_batch.lr_scaling import LRScaling, gain, resolve_lr_scaling, scaled_lr
 from adaptive_batch.measurement import Measurement
-from adaptive_batch.memory import device_budget, device_memory, parse_budget, resident_bytes
-from adaptive_batch.micro_batch_limit import MicroBatchLimit
+from adaptive_batch.memory import resident_bytes
 from adaptive_batch.noise.schedule import measures_noise
+from adaptive_batch.noise.sources import check_source
 from adaptive_batch.policies import Policy, resolve_policy
 from adaptive_batch.timing import Elapsed, Mark, mark
 from adaptive_batch.user_batches import UserBatchSampler
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["AdaptiveBatchSize"]
 
 _CLOCKS = ("samples", "gain", "updates")
-_REDUCTIONS = ("mean", "sum")
+_MANUAL = "in manual optimization the backward passes are training_step's own"
 _DATA_FRACTION = 10
 _UNKNOWN_LENGTH_GROWTH = 64
 
@@ -61,14 +65,22 @@ class AdaptiveBatchSize(CallbackBase):
         micro_batch_size: most samples per forward/backward pass. ``"auto"``: what the memory model says, halved
             when memory runs out all the same; a number: at most that, halved likewise; ``None``: never split,
             and an out-of-memory error is an error.
-        memory_budget: bytes that a pass may take: a number, ``"20GiB"``, or a fraction of the device. ``None`` is
-            what a GPU has; on a CPU there is no bound. On a CPU the bytes are those saved for backward.
+        memory_budget: bytes that training may take: a number, ``"20GiB"``, or a fraction of the device; kept from the
+            first update on, which passes over ever more of its samples precede. ``None`` is what a GPU has; on a CPU
+            there is no bound. On a CPU the bytes are those saved for backward.
         adjust_every: updates between two decisions.
         quantize: ``True`` or ``False`` forces or forbids quantised sizes and hysteresis; ``None`` goes by the policy.
+        noise: where the noise is measured: ``"micro_batches"`` splits an update in two now and then,
+            ``"per_example"`` and ``"probe"`` change nothing in the run and cost more; ``"auto"`` splits, and
+            probes where layers look across the batch. See ``adaptive_batch.noise.SOURCES``.
         loss_reduction: whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` over its samples.
         weight_fn: ``(micro_batch, batch) -> weight`` of a part's loss, for a mean over something else.
-        batch_size_of: ``batch -> samples``, where the loader's count of samples is not the batch's.
+        batch_size_of: ``batch -> samples`` of this rank, where the loader's count of them is not the one that the
+            learning rate should follow (tokens, nodes, what a collate function left). The loader's ``batch_size``
+            must count the same.
         history_size: updates kept in ``history``.
+        self_check: compare the first batch's gradient with that of its parts before training on it, and refuse a model
+            or a loss that does not decompose, with the reason; everything is put back.
         dry_run: measure and say what would be done, change nothing.
         verbose: log each change and its reason.
 
@@ -89,32 +101,35 @@ class AdaptiveBatchSize(CallbackBase):
         schedule_clock: str = "samples",
         micro_batch_size: int | str | None = "auto",
         memory_budget: int | float | str | None = None,
+        noise: str = "auto",
         adjust_every: int = 10,
         quantize: bool | None = None,
         loss_reduction: str = "mean",
         weight_fn: WeightFn | None = None,
         batch_size_of: Callable[[Any], int] | None = None,
         history_size: int = 10_000,
+        self_check: bool = False,
         dry_run: bool = False,
         verbose: bool = True,
     ) -> None:
         check_bounds(min_batch_size, max_batch_size)
-        _check_choice("schedule_clock", schedule_clock, _CLOCKS)
-        _check_choice("loss_reduction", loss_reduction, _REDUCTIONS)
-        _check_micro_batch_size(micro_batch_size)
+        check_choice("schedule_clock", schedule_clock, _CLOCKS)
+        check_function("batch_size_of", batch_size_of)
         if lr_scaling != "auto":
             resolve_lr_scaling(lr_scaling)
+        self._noise = check_source(noise, ("micro_batches", "per_example", "probe"))
         self._policy = resolve_policy(policy)
         self._lr_scaling = lr_scaling
         self._bounds = (min_batch_size, max_batch_size)
         self._clock_name = schedule_clock
-        self._micro_batch_size = micro_batch_size
-        self._micro_batches = MicroBatchLimit(
-            largest=micro_batch_size if isinstance(micro_batch_size, int) else None
+        self._splitting = Splitting(
+            micro_batch_size=micro_batch_size,
+            memory_budget=memory_budget,
+            loss_reduction=loss_reduction,
+            weight_fn=weight_fn,
+            self_check=self_check,
         )
-        self._memory_budget = memory_budget
-        self._loss_reduction = loss_reduction
-        self._weight_fn = weight_fn
+        self._micro_batches = self._splitting.limit
         self._batch_size_of = batch_size_of
         self._dry_run = dry_run
         self._verbose = verbose
@@ -143,6 +158,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._position = 0
         self._stepped = False
         self._due: list[int] = []
+        self._updated_at = 0  # the batch after which those are due
         self._update_mark: Mark | None = None
         self._host_mark: float | None = None
         self._noted: str | None = None
@@ -152,6 +168,11 @@ class AdaptiveBatchSize(CallbackBase):
     def batch_size(self) -> int | None:
         """The global batch size in force, ``None`` before the first fit has a loader."""
         return self._controller.batch_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of the largest pass of the update at hand, 0 before the first."""
+        return 0 if self._trainer is None else self._executor.micro_batch_size
 
     @property
     def controller(self) -> BatchSizeController:
@@ -168,27 +189,25 @@ class AdaptiveBatchSize(CallbackBase):
         self._patches.undo()
         self._start_fit()
         self._trainer = trainer
-        self._executor = UpdateExecutor(
+        self._manual = not pl_module.automatic_optimization
+        self._executor = self._splitting.executor(
             trainer,
             pl_module,
-            limit=self._limit_of_passes(trainer),
-            loss_reduction=self._loss_reduction,
-            weight_fn=self._weight_fn,
-            recovers=self._micro_batch_size is not None,
+            noise=self._noise,
             probes=self._dry_run,
+            why_not=_MANUAL if self._manual else None,
         )
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
         self._limits = LoaderLimits(trainer)
         _lightning.override_setup_data(self._patches, trainer, self._setup_data)
         _lightning.override_train_loader(self._patches, trainer, self._adapt_loader)
         _lightning.override_closure(self._patches, trainer, self._make_closure)
-        _lightning.override_optimizer_step(self._patches, trainer, self._optimizer_step)
+        if pl_module.automatic_optimization:
+            _lightning.override_optimizer_step(self._patches, trainer, self._optimizer_step)
+        else:
+            _lightning.override_manual_step(self._patches, trainer, self._manual_step)
         if self._clock_name != "updates":
             _lightning.override_scheduler_steps(self._patches, trainer, self._scheduler_indices)
-
-    def _limit_of_passes(self, trainer: Trainer) -> MicroBatchLimit:
-        self._micro_batches.budget = _budget(self._memory_budget, trainer.strategy.root_device)
-        return self._micro_batches
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pick the learning-rate rule, now that there is an optimizer."""
@@ -198,6 +217,13 @@ class AdaptiveBatchSize(CallbackBase):
                 "combine them into one with several parameter groups."
             )
         self._controller.lr_scaling = resolve_lr_scaling(self._lr_scaling, trainer.optimizers[0])
+        if self._manual and "noise" in self._controller.needs:
+            warnings.warn(
+                "AdaptiveBatchSize cannot measure the gradient noise in manual optimization, where training_step makes the "
+                "backward passes by itself; what needs it stays as it is, so choose a policy and an lr_scaling that do "
+                "not.",
+                stacklevel=2,
+            )
 
     def _setup_data(self, original: Callable[[], None]) -> None:
         """Lightning's set-up of the loader; the limits of an epoch are kept here."""
@@ -205,7 +231,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._loaders.clear()
         self._limits.set_up(original)
         if self._loaders and self._books is not None:
-            self._limits.apply(self._books.plain, has_length=self._books.has_length)
+            self._limits.restore_interval()
             self._books.announce()
             _lightning.put_back_later(self._patches, self._trainer, self._loaders)
 
@@ -262,8 +288,16 @@ class AdaptiveBatchSize(CallbackBase):
             for limit in (1.0, self._limits.limit)
         )
         self._set_bounds(plain)
+        largest, samples = self._controller.max_batch_size, sampler.samples
+        own = isinstance(sampler, UserBatchSampler)
+        if sampler.drop_last and not own and samples and largest and largest > samples * plain.accumulate:
+            raise ValueError(
+                f"max_batch_size={largest} is more than the {samples} samples of an epoch, which drop_last=True would then "
+                "drop; make it smaller."
+            )
         self._sampler = sampler
-        self._books = EpochBooks(trainer, plain, sampler, self._limits.limit, whole=whole.samples)
+        self._books = EpochBooks(trainer, plain, sampler, self._limits.limit, whole=whole.batches)
+        self._limits.check(plain, has_length=self._books.has_length)
         if isinstance(sampler, UserBatchSampler):
             sampler.on_length_change = self._books.sync
 
@@ -334,7 +368,7 @@ class AdaptiveBatchSize(CallbackBase):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Learn how many samples the batch at hand really has."""
-        assert self._sampler is not None
+        assert self._books is not None
         draw = self._draw_of(trainer, batch)
         now = _host_now()
         waited = 0.0 if self._host_mark is None else now - self._host_mark
@@ -344,32 +378,72 @@ class AdaptiveBatchSize(CallbackBase):
         if not self._window:
             self._window_started = now - waited
             self._executor.start_update(measure=self._measures())
+            self._window_rows = self._window_samples = 0
         self._window.append(draw)
+        self._window_rows += self._rows
+        self._window_samples += self._local_samples
         waited = waited if _on_host(trainer) else 0.0
-        samples = self._local_samples(draw, batch)
-        self._executor.start_batch(samples, waited, global_samples=max(draw.size, samples))
+        self._executor.start_batch(self._rows, waited, global_samples=max(self._drawn, self._rows))
+        if self._manual:
+            self._executor.micro_batch_size = max(self._executor.micro_batch_size, self._rows)
+        self._books.start_batch()
 
     def _draw_of(self, trainer: Trainer, batch: Any) -> Draw:
-        """The record of the batch at hand: batches of ``None`` are counted by the loop, but start no hook."""
+        """The record of the batch at hand; batches of ``None`` are counted by the loop, but start no hook."""
+        draw = self._pop_draw(trainer)
+        if draw is None:
+            raise RuntimeError("the training loader yielded a batch that its batch sampler did not draw.")
         assert self._sampler is not None
-        draws = self._sampler.draws
-        draw = None
+        self._drawn, self._rows = draw.size, len(range(self._sampler.rank, draw.size, self._sampler.world_size))
+        self._local_samples = self._rows
+        if self._batch_size_of is not None:
+            self._position -= self._advances(trainer, draw)
+            draw = self._counted_by_user(trainer, draw, batch)
+            self._position += self._advances(trainer, draw)
+        return draw
+
+    def _pop_draw(self, trainer: Trainer) -> Draw | None:
+        assert self._sampler is not None
+        draw, draws = None, self._sampler.draws
+        self._before = self._position
         while draws and self._batches_popped < _lightning.batches_started(trainer):
             draw = draws.popleft()
             self._batches_popped += 1
-        if draw is None:
-            raise RuntimeError("the training loader yielded a batch that its batch sampler did not draw.")
-        self._before, self._position = self._position, draw.position
+            self._position += self._advances(trainer, draw)
         return draw
 
-    def _local_samples(self, draw: Draw, batch: Any) -> int:
-        if self._batch_size_of is not None:
-            return self._batch_size_of(batch)
-        assert self._sampler is not None
-        return len(range(self._sampler.rank, draw.size, self._sampler.world_size))
+    def _advances(self, trainer: Trainer, draw: Draw) -> int:
+        """Samples that a batch takes the epoch on: a short one inside it is still a step of plain Lightning's."""
+        return draw.size if _lightning.epoch_ends(trainer) else self._counts_for(draw)
+
+    def _counts_for(self, *draws: Draw) -> int:
+        """Samples that draws count for in the learning rate.
+
+        Their own, except that one which is short of the size in force (an epoch's tail, a worker's, a bucket's) does
+        not count for less than the user's own setting would have given it.
+        """
+        actual = sum(draw.size for draw in draws)
+        if all(draw.size >= draw.nominal for draw in draws):
+            return actual
+        return max(actual, min(sum(draw.nominal for draw in draws), len(draws) * self._plain.batch_size))
+
+    def _counted_by_user(self, trainer: Trainer, draw: Draw, batch: Any) -> Draw:
+        """The draw with the user's count in the place of the loader's, in all that follows from it."""
+        assert self._batch_size_of is not None
+        self._local_samples = size = self._batch_size_of(batch)
+        if trainer.world_size > 1:
+            size = int(trainer.strategy.reduce(torch.tensor(size), reduce_op="sum"))
+        if _has_rows(batch, self._local_samples):  # as after a collate function that leaves samples out
+            self._rows, self._drawn = self._local_samples, size
+        if self._before == 0 and not draw.last and not draw.nominal / 4 <= size <= draw.nominal * 4:
+            raise ValueError(
+                f"batch_size_of counts {size} in a batch of a loader with batch_size={draw.nominal}; let both count the same, "
+                "by a batch sampler whose batch_size is in the unit of batch_size_of."
+            )
+        return draw._replace(size=size)
 
     def _measures(self) -> bool:
-        return "noise" in self._controller.needs and measures_noise(self._updates)
+        return not self._manual and "noise" in self._controller.needs and measures_noise(self._updates)
 
     def _make_closure(self, original: Callable[..., Any], kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
         if not self._active:
@@ -379,7 +453,7 @@ class AdaptiveBatchSize(CallbackBase):
     @property
     def _active(self) -> bool:
         """Not while a tuner has taken the callbacks away and runs the loop by itself."""
-        return self._trainer is not None and any(callback is self for callback in self._trainer.callbacks)
+        return self._trainer is not None and any(callback is self for callback in _lightning.callbacks_of(self._trainer))
 
     def _optimizer_step(
         self, original: Callable[..., None], batch_idx: int, closure: Callable[..., Any]
@@ -388,17 +462,34 @@ class AdaptiveBatchSize(CallbackBase):
         if not self._active:
             original(batch_idx, closure)
             return
-        self._stepped = True
-        self._counted = self._counted_samples(_lightning.epoch_ends(self._trainer))
-        self._lr = float(self._trainer.optimizers[0].param_groups[0].get("lr", math.nan))
-        self._factor = 1.0 if self._dry_run else self._controller.lr_factor(self._counted)
-        with scaled_lr(self._trainer.optimizers[0], self._factor):
-            original(batch_idx, closure)
+        counted = self._counted_samples(_lightning.epoch_ends(self._trainer))
+        self._step(lambda: original(batch_idx, closure), counted)
         plain = self._plain
         worth = gain(self._counted, self._reference, self._controller.noise_scale)
         if self._clock is not None:
             last = _lightning.epoch_ends(self._trainer)
             self._due = self._clock.advance(plain, self._position, worth, last=last)
+            self._updated_at = _lightning.batches_started(self._trainer)
+
+    def _manual_step(self, original: Callable[..., Any], optimizer: Any, closure: Any, **others: Any) -> Any:
+        """A step of training_step's own; how many batches it makes for a step is its business, and part of the rate."""
+        if not self._active:
+            return original(optimizer, closure, **others)
+        batches = len(self._window)
+        return self._step(
+            lambda: original(optimizer, closure, **others), round(self._counts_for(*self._window) / batches)
+        )
+
+    def _step(self, step: Callable[[], Any], counted: int) -> Any:
+        """An optimizer step at the rate for ``counted`` samples."""
+        assert self._trainer is not None
+        optimizer = self._trainer.optimizers[0]
+        self._stepped = True
+        self._counted = counted
+        self._lr = float(optimizer.param_groups[0].get("lr", math.nan))
+        self._factor = 1.0 if self._dry_run else self._controller.lr_factor(counted)
+        with scaled_lr(optimizer, self._factor):
+            return step()
 
     @property
     def _plain(self) -> PlainEpoch:
@@ -411,21 +502,19 @@ class AdaptiveBatchSize(CallbackBase):
         return self._controller.reference_batch_size
 
     def _counted_samples(self, ends: bool) -> int:
-        """Samples that scale the learning rate: the update's own, except that an epoch's short tail does
-        not count for less than the user's own setting would have given it."""
-        actual = sum(draw.size for draw in self._window)
-        accumulate = self._plain.accumulate
-        tail = self._window[-1]
-        if ends and (len(self._window) < accumulate or tail.size < tail.nominal):
-            return max(actual, min(tail.nominal * accumulate, self._reference))
-        return actual
+        """Samples that scale the learning rate; a window that the epoch's end cuts short counts as a tail."""
+        counted = self._counts_for(*self._window)
+        missing = self._plain.accumulate - len(self._window)
+        if ends and missing:
+            return max(counted, min(self._window[-1].nominal * self._plain.accumulate, self._reference))
+        return counted
 
     def _scheduler_indices(self, plateau: bool) -> Iterator[int]:
         """Batch indices at which due scheduler steps would have been taken; see ``SampleClock``."""
         assert self._trainer is not None
         if not self._active:
             return iter([_lightning.batches_started(self._trainer)])
-        return iter(self._due)
+        return iter(self._due if self._updated_at == _lightning.batches_started(self._trainer) else [])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -433,6 +522,8 @@ class AdaptiveBatchSize(CallbackBase):
         """After an update: record it, decide, resize."""
         assert self._books is not None
         last = _lightning.epoch_ends(trainer)
+        if batch is None:
+            self._pop_draw(trainer)
         if self._stepped:
             self._end_update(trainer, outputs, last)
             self._stepped = False
@@ -461,8 +552,8 @@ class AdaptiveBatchSize(CallbackBase):
             loss=_loss(outputs) * self._plain.accumulate,
             seconds=math.nan if started is None else Elapsed(started, stop),
             part_sq_norms=self._executor.part_sq_norms,
-            part_sizes=self._executor.part_sizes,
-            pass_sizes=self._executor.pass_sizes,
+            part_sizes=self._in_samples(self._executor.part_sizes),
+            pass_sizes=self._in_samples(self._executor.pass_sizes),
             pass_seconds=self._executor.pass_seconds,
             sq_norm=self._executor.sq_norm,
         )
@@ -473,6 +564,12 @@ class AdaptiveBatchSize(CallbackBase):
             self._apply(trainer, decision)
         self._note(trainer)
         self._record(trainer, samples, nominal, seconds)
+
+    def _in_samples(self, rows: list[int]) -> list[int]:
+        """Rows of a batch as what the user counts in it."""
+        if self._window_samples == self._window_rows:
+            return rows
+        return [max(1, round(n * self._window_samples / self._window_rows)) for n in rows]
 
     def _apply(self, trainer: Trainer, decision: Decision) -> None:
         assert self._sampler is not None and self._books is not None
@@ -537,6 +634,8 @@ class AdaptiveBatchSize(CallbackBase):
             "peak_memory": self._peak_memory(),
             "samples": float(self._samples),
         }
+        if any(isinstance(callback, MemoryMonitor) for callback in _lightning.callbacks_of(trainer)):
+            del values["peak_memory"]  # it measures every update
         self._log({f"adaptive_batch/{name}": value for name, value in values.items()})
 
     def _peak_memory(self) -> float:
@@ -587,23 +686,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._restored = {key: state_dict[key] for key in ("sampler", "clock") if key in state_dict}
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
-
-
-def _check_micro_batch_size(value: int | str | None) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not (value is None or value == "auto" or (whole and value >= 1)):  # type: ignore[operator]
-        raise ValueError(f'micro_batch_size={value!r} must be a positive number of samples, "auto" or None.')
-
-
 def _check_supported(trainer: Trainer, pl_module: LightningModule) -> None:
-    if not pl_module.automatic_optimization:
-        raise ValueError(
-            "AdaptiveBatchSize needs automatic optimization, but this LightningModule sets automatic_optimization=False; "
-            "remove that, or use the core BatchSizeController in your own training_step."
-        )
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise ValueError(
             "AdaptiveBatchSize cannot follow a training_step that takes dataloader_iter; let it take a batch instead."
@@ -615,10 +698,11 @@ def _check_supported(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
-def _budget(budget: int | float | str | None, device: torch.device) -> int | None:
-    if budget is None:
-        return device_budget(device)
-    return parse_budget(budget, device_memory(device))
+def _has_rows(batch: Any, rows: int) -> bool:
+    try:
+        return count_samples(batch) == rows
+    except TypeError:
+        return False
 
 
 def _loss(outputs: Any) -> Tensor | float:

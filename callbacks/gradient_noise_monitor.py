@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from adaptive_batch.callbacks import _lightning
 from adaptive_batch.callbacks._lightning import CallbackBase
 from adaptive_batch.callbacks._probe import Probe
 from adaptive_batch.controller import NOISE_MEMORY_FRACTION, NOISE_MEMORY_UPDATES
+from adaptive_batch.iterable import count_samples
 from adaptive_batch.measurement import read_numbers
 from adaptive_batch.micro_batching import balanced_sizes
 from adaptive_batch.noise import GradientNoiseScale
-from adaptive_batch.noise.sample import NoiseSample
 from adaptive_batch.noise.per_example import Unmeasurable
 from adaptive_batch.noise.preconditioning import AdamMetric
-from adaptive_batch.noise.schedule import measures_noise
+from adaptive_batch.noise.sample import NoiseSample
+from adaptive_batch.noise.schedule import RATE, measures_noise
 from adaptive_batch.noise.sources import NoiseSource, check_source, choose_source, make_source
+from adaptive_batch.noise.subset import SubsetSource
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["GradientNoiseMonitor"]
+
+_PROBE_RATE = 1.0
+"""Of the schedule of probes, each of which costs about an update: ``1 / sqrt(u)`` of ``u`` updates."""
+
+_FIT_PARTS = 8
+"""Of a probe that fits a slope: with few parts one measurement of the variance is little more than a guess."""
 
 _READ_EVERY = 10
 """Updates between two readings of the device, so that none of them waits for it."""
@@ -35,21 +42,23 @@ _READ_EVERY = 10
 class GradientNoiseMonitor(CallbackBase):
     """Measures the gradient noise scale of a run and logs it. The run stays what it is, bit for bit.
 
-    In ``trainer.callback_metrics`` and the logger, once something is measured: ``adaptive_batch/noise_scale`` (NaN while not
-    identified), ``adaptive_batch/grad_sq_norm``, ``adaptive_batch/grad_variance``, and the ends of the confidence
-    interval, ``adaptive_batch/noise_scale_low`` and ``adaptive_batch/noise_scale_high``. With
-    :class:`AdaptiveBatchSize`, which logs the same, it is not needed.
+    In ``trainer.callback_metrics`` and the logger, once something is measured: ``adaptive_batch/noise_scale``
+    (NaN while not identified), ``adaptive_batch/grad_sq_norm``, ``adaptive_batch/grad_variance``, and the
+    ends of the confidence interval, ``adaptive_batch/noise_scale_low`` and
+    ``adaptive_batch/noise_scale_high``. With :class:`AdaptiveBatchSize`, which logs the same, it is not
+    needed.
 
     Args:
-        noise: where the measurements come from. ``"auto"`` takes what the run has anyway (the ranks' gradients, the
-            batches that are accumulated), then ``"per_example"`` where every layer is known, then ``"probe"``,
-            an extra pass now and then that leaves nothing behind. See ``adaptive_batch.noise.SOURCES``.
-        every: measure each so manieth update; ``None`` measures densely at first and ever more rarely: after ``u``
-            updates ``3 sqrt(u)`` have been measured, ``sqrt(u)`` by probes, which cost the most.
+        noise: where the measurements come from. ``"auto"`` takes what the run has anyway (the ranks'
+            gradients, the batches that are accumulated), then ``"per_example"`` where every layer is known,
+            then ``"probe"``, an extra pass now and then that leaves nothing behind. See
+            ``adaptive_batch.noise.SOURCES``.
+        every: measure each so manieth update; ``None`` measures densely at first and ever more rarely: after
+            ``u`` updates ``3 sqrt(u)`` have been measured, ``sqrt(u)`` by probes, which cost the most.
         confidence: of the interval that is logged.
         preconditioned: measure in Adam's metric (PGNS) instead; a number of its own, which is not comparable.
         loss_reduction: whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` over its samples.
-        batch_size_of: ``batch -> samples``, where that is not the first dimension of the batch's tensors.
+        batch_size_of: ``batch -> samples``, where that is not the first dimension of the first tensor in the batch.
 
     Attributes:
         noise: the :class:`~adaptive_batch.noise.GradientNoiseScale`, with the estimates and ``.interval()``.
@@ -82,7 +91,7 @@ class GradientNoiseMonitor(CallbackBase):
         self._confidence = confidence
         self._preconditioned = preconditioned
         self._mean = loss_reduction == "mean"
-        self._batch_size_of = batch_size_of or _rows
+        self._batch_size_of = batch_size_of or count_samples
         self.noise = GradientNoiseScale()
         self.source: str | None = None
         self._updates = 0
@@ -132,21 +141,21 @@ class GradientNoiseMonitor(CallbackBase):
     def _check(self, trainer: Trainer, name: str) -> None:
         if name == "micro_batches" and trainer.accumulate_grad_batches == 1:
             raise ValueError(
-                'noise="micro_batches" needs an update of several batches, and a monitor does not split one; use '
-                'noise="auto", or accumulate_grad_batches=2.'
+                'noise="micro_batches" needs an update of several batches, and a monitor splits none; '
+                'use noise="auto", or accumulate_grad_batches=2.'
             )
         if name != "ranks" and trainer.world_size > 1:
             raise ValueError(f'noise="{name}" measures one rank alone; use noise="ranks" on several.')
         strategy = type(trainer.strategy).__name__
         if any(kind in strategy for kind in ("FSDP", "ModelParallel", "DeepSpeed")):
             raise ValueError(
-                f"GradientNoiseMonitor needs whole gradients, but {strategy} keeps them in pieces; use DDP, or leave the "
-                "monitor out."
+                f"GradientNoiseMonitor needs whole gradients, but {strategy} keeps them in pieces; "
+                "use DDP, or leave the monitor out."
             )
         if name == "adam_moments" and trainer.gradient_clip_val:
             raise ValueError(
-                f'noise="adam_moments" sees gradients after gradient_clip_val={trainer.gradient_clip_val}; choose '
-                "another source."
+                f'noise="adam_moments" sees gradients after gradient_clip_val={trainer.gradient_clip_val}; '
+                "choose another source."
             )
         if name == "adam_moments" and not self._mean:
             raise ValueError('noise="adam_moments" needs a mean-reduced loss; choose another source.')
@@ -154,10 +163,9 @@ class GradientNoiseMonitor(CallbackBase):
     def _take(self, trainer: Trainer, module: LightningModule, name: str) -> None:
         self.source = name
         optimizer = trainer.optimizers[0]
-        if name == "probe":
-            self._source, self._probe = None, Probe(trainer, module, _parameters(optimizer), self._metric)
-        else:
-            self._source = make_source(name, module, optimizer, self._metric)
+        self._source = None if name == "probe" else make_source(name, module, optimizer, self._metric)
+        if name in ("probe", "norm_layers"):
+            self._probe = Probe(trainer, module)
 
     # The loop
 
@@ -170,27 +178,39 @@ class GradientNoiseMonitor(CallbackBase):
             return
         self._in_update = True
         self._measures = self._due() and (self._metric is None or self._metric.ready)
-        if self._measures and self._source is not None:
-            self._source.start()
-        elif self._measures and self._samples > 1:
-            self._run_probe(trainer, batch, batch_idx)
+        if not self._measures:
+            return
+        source, probes = self._source, self._probe is not None and self._samples > 1
+        if isinstance(source, SubsetSource):
+            if (
+                probes
+                and source.calibrating
+                and (full := self._probed(trainer, batch, batch_idx, _FIT_PARTS))
+            ):
+                source.calibrate(full)
+        elif probes:
+            self._keep(self._probed(trainer, batch, batch_idx))
+        if source is not None:
+            source.start()  # after the probe, whose passes are not the source's
 
     def _due(self) -> bool:
         if self._source is not None and self._source.pending:
             return True
         if self._every is not None:
             return self._updates % self._every == 0
-        return measures_noise(self._updates, rate=1.0) if self._probe else measures_noise(self._updates)
+        return measures_noise(self._updates, RATE if self._source is not None else _PROBE_RATE)
 
-    def _run_probe(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+    def _probed(self, trainer: Trainer, batch: Any, batch_idx: int, parts: int = 2) -> NoiseSample | None:
         assert self._probe is not None
         samples = self._samples
-        sizes = balanced_sizes(samples, -(-samples // 2))
+        sizes = balanced_sizes(samples, -(-samples // parts))
 
         def factor(part: Any, size: int) -> tuple[float, float]:
             return (size / samples if self._mean else 1 / samples), size / samples
 
-        self._keep(self._probe.measure(_lightning.step_kwargs(trainer, batch, batch_idx), sizes, factor))
+        kwargs = _lightning.step_kwargs(trainer, batch, batch_idx)
+        parameters = _parameters(trainer.optimizers[0])
+        return self._probe.measure(parameters, kwargs, sizes, factor, self._metric)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A batch's gradients are there."""
@@ -229,7 +249,7 @@ class GradientNoiseMonitor(CallbackBase):
             return
         self._stepped = False
         self._updates += 1
-        if self._updates % _READ_EVERY == 0:
+        if self._updates % _READ_EVERY == 0 or trainer.is_last_batch:
             self._read()
         if self._values and not self._logged:
             self._log(self._values)
@@ -304,16 +324,16 @@ class GradientNoiseMonitor(CallbackBase):
         """
         if set(state_dict) != {"noise", "preconditioned", "updates", "measured_samples"}:
             raise ValueError(
-                f"a GradientNoiseMonitor's state does not have the keys {sorted(map(str, state_dict))}; load what "
-                "state_dict() returned."
+                f"a GradientNoiseMonitor's state has no keys {sorted(map(str, state_dict))}; "
+                "load what state_dict() returned."
             )
         noise = GradientNoiseScale()
         noise.load_state_dict(state_dict["noise"])
         self._updates = int(state_dict["updates"])
         if bool(state_dict["preconditioned"]) != self._preconditioned:
             warnings.warn(
-                f"the checkpoint's noise scale was measured with preconditioned={not self._preconditioned}, which is "
-                "another quantity; measuring starts anew.",
+                f"the checkpoint's noise scale has preconditioned={not self._preconditioned}, which is another "
+                "quantity; measuring starts anew.",
                 stacklevel=2,
             )
             return
@@ -323,28 +343,3 @@ class GradientNoiseMonitor(CallbackBase):
 
 def _parameters(optimizer: Any) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _rows(batch: Any) -> int:
-    """Samples of a batch: the first dimension that its tensors share."""
-    rows = set(_first_dimensions(batch))
-    if len(rows) != 1:
-        raise ValueError(
-            f"the batch has tensors with {sorted(rows)} rows, from which the number of its samples cannot be told; "
-            "pass batch_size_of=lambda batch: ..."
-        )
-    return rows.pop()
-
-
-def _first_dimensions(batch: Any) -> Iterator[int]:
-    if isinstance(batch, Tensor):
-        if batch.ndim:
-            yield len(batch)
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _first_dimensions(value)
-    elif isinstance(batch, (list, tuple)):
-        for value in batch:
-            yield from _first_dimensions(value)
-    elif dataclasses.is_dataclass(batch):
-        yield from _first_dimensions(vars(batch))

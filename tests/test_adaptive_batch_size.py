@@ -469,8 +469,8 @@ class TestRefusals:
             def configure_optimizers(self) -> Any:
                 return [torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD(self.parameters(), 0.1)]
 
-        with pytest.raises(ValueError, match="automatic optimization"):
-            fit(Two(), loader(), [AdaptiveBatchSize()])
+        with pytest.raises(ValueError, match="exactly one optimizer, but configure_optimizers returned 2"):
+            fit(Two(), loader(), [AdaptiveBatchSize(micro_batch_size=None)])
 
     def test_data_that_is_no_loader_is_refused(self) -> None:
         with pytest.raises(TypeError, match="DataLoader"):

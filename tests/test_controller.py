@@ -354,6 +354,13 @@ class TestHazards:
         assert 64 <= run.batch_size <= 256
         assert all(size >= B0 for size in run.controller.step_time.measured)
 
+    def test_batches_that_vary_around_the_size_are_timed(self):
+        run = Run(controller_of(), phi=160.0)
+        sizes = np.random.default_rng(1)
+        for _ in range(2000):
+            run.step(round(run.batch_size * sizes.uniform(0.8, 1.2)))
+        assert 64 <= run.batch_size <= 256
+
     def test_batches_fetched_before_a_change_are_not_its_times(self):
         # The first update of each size would be ten times as long as it should.
         run = Run(controller_of(), phi=320.0, jitter=0.0)

@@ -146,6 +146,13 @@ class TestSizes:
         assert sizes == sorted(sizes, reverse=True)
         assert len(sizes) == -(-n // largest)
 
+    @given(n=st.integers(1, 500), largest=st.integers(1, 50), smallest=st.integers(1, 5))
+    def test_keep_a_least_size_as_far_as_there_are_so_many(self, n, largest, smallest):
+        sizes = balanced_sizes(n, largest, smallest)
+        assert sum(sizes) == n
+        assert min(sizes) >= min(smallest, n)
+        assert max(sizes) <= max(largest, 2 * smallest - 1)
+
     @pytest.mark.parametrize(("n", "largest"), [(0, 4), (4, 0), (-1, 3), (3, -1)])
     def test_of_nothing_are_refused(self, n, largest):
         with pytest.raises(ValueError, match="must be positive"):

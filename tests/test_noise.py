@@ -186,6 +186,16 @@ def test_first_update_is_its_own_average() -> None:
     assert scale.grad_variance == pytest.approx(8.0, rel=1e-12)
 
 
+def test_debiasing_by_the_count_of_passes_would_shrink_the_first_parts_tenfold() -> None:
+    """gpt-neox divides by ``1 - decay**passes`` though its averages move once in ten passes."""
+    decay, passes = 0.99, 10
+    scale = GradientNoiseScale(memory=-8 / math.log(decay))
+    scale.update([3.0, 3.0], [4, 4], 2.0)
+    wrong = (1 - decay) * 8.0 / (1 - decay**passes)
+    assert wrong == pytest.approx(0.105 * 8.0, rel=0.01)
+    assert scale.grad_variance == pytest.approx(8.0)
+
+
 def test_averages_equal_the_slow_sum_over_all_updates_after_resizes_and_joined_blocks() -> None:
     rng = np.random.default_rng(4)
     scale, memory, history = GradientNoiseScale(memory=3_000), 3_000, []

@@ -10,9 +10,9 @@ from adaptive_batch.noise.intervals import (
     jackknife_covariance,
     student_t_quantile,
 )
-from adaptive_batch.noise.sample import Batches, NoiseSample, equivalent_sample, ranks_sample
 from adaptive_batch.noise.per_example import NORM_LAYERS, PerExampleNorms, Unmeasurable
 from adaptive_batch.noise.preconditioning import AdamMetric
+from adaptive_batch.noise.sample import Batches, NoiseSample, equivalent_sample, ranks_sample
 from adaptive_batch.noise.scale import GradientNoiseScale
 from adaptive_batch.noise.sources import (
     SOURCES,
@@ -33,19 +33,19 @@ __all__ = [
     "DifferencedSource",
     "GradientNoiseScale",
     "MicroBatchSource",
-    "NoiseSource",
     "NoiseSample",
+    "NoiseSource",
     "PerExampleNorms",
     "PerExampleSource",
     "RankSource",
     "Unmeasurable",
     "choose_source",
-    "equivalent_sample",
-    "ranks_sample",
     "effective_count",
+    "equivalent_sample",
     "fieller_interval",
     "harmonic_mean",
     "jackknife_covariance",
+    "ranks_sample",
     "student_t_quantile",
     "two_batch_estimate",
 ]

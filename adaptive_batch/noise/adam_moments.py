@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
@@ -16,18 +14,18 @@ __all__ = ["AdamMomentsSource"]
 class AdamMomentsSource:
     """Reads ``|G|^2`` and ``tr(Sigma)`` out of Adam's own averages of ``g`` and ``g^2``.
 
-    Over a window of ``2 / (1 - beta1)`` updates the second moments have gained ``sum w_t |g_t|^2`` (their sum now
-    less the decayed sum then), whose expectation is ``|G|^2 + tr(Sigma) sum(w_t / b_t)``; the first moments are an
-    average of gradients with ``|G|^2 + tr(Sigma) sum(w_t^2 / b_t)``, ``w_t`` being the weights of either average.
-    Two equations, two unknowns. Windows follow each other, so that what they give is close to independent; the
-    sizes of the updates are in the sums, so that a resize spoils nothing.
+    Over a window of ``2 / (1 - beta1)`` updates the second moments have gained ``sum w_t |g_t|^2`` (their sum
+    now less the decayed sum then), whose expectation is ``|G|^2 + tr(Sigma) sum(w_t / b_t)``; the first
+    moments are an average of gradients with ``|G|^2 + tr(Sigma) sum(w_t^2 / b_t)``, ``w_t`` being the weights
+    of either average. Two equations, two unknowns. Windows follow each other, so that what they give is close
+    to independent; the sizes of the updates are in the sums, so that a resize spoils nothing.
 
-    It costs two sums over the optimizer's state in a window. It is valid while the gradient stands still over a
-    window: what it drifts by counts as noise. Gradients must reach the optimizer as they are, neither clipped
-    nor with a weight decay added.
+    It costs two sums over the optimizer's state in a window. It is valid while the gradient stands still over
+    a window: what it drifts by counts as noise. Gradients must reach the optimizer as they are, neither
+    clipped nor with a weight decay added.
 
-    Source: in the form of Balles, Hennig, "Dissecting Adam", 2018, arXiv:1705.07774, here for two decay rates and
-    a window.
+    Source: in the form of Balles, Hennig, "Dissecting Adam", 2018, arXiv:1705.07774, here for two decay rates
+    and a window.
 
     Args:
         optimizer: Adam without weight decay, or AdamW, with the same betas in all parameter groups.
@@ -41,22 +39,23 @@ class AdamMomentsSource:
     def __init__(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, Adam):
             raise ValueError(
-                f"{type(optimizer).__name__} keeps no moments as Adam does; choose another source of the noise."
+                f"{type(optimizer).__name__} keeps no moments as Adam does; choose another noise source."
             )
         betas = {tuple(map(float, group["betas"])) for group in optimizer.param_groups}
         if len(betas) > 1:
             raise ValueError(
-                f"the parameter groups have different betas {sorted(betas)}; choose another source of the noise."
+                f"the parameter groups have different betas {sorted(betas)}; choose another noise source."
             )
         for group in optimizer.param_groups:
             if group["weight_decay"] and not group.get("decoupled_weight_decay"):
                 raise ValueError(
-                    f"Adam adds weight_decay={group['weight_decay']} to the gradients that it averages; use AdamW, or "
-                    "choose another source of the noise."
+                    f"Adam adds weight_decay={group['weight_decay']} to the gradients that it averages; "
+                    "use AdamW, or choose another noise source."
                 )
         self._optimizer = optimizer
         self._beta1, self._beta2 = betas.pop()
-        self._window = math.ceil(2 / (1 - self._beta1))
+        self._first_noise = self._second_noise = 0.0  # sums of w_t^2 / b_t and w_t / b_t
+        self._window = max(2, round(2 / (1 - self._beta1)))
         self.cancel()
 
     def start(self) -> None:

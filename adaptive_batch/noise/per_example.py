@@ -31,9 +31,9 @@ class _Outer(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The gradient of example ``i`` has ``right[i, t]`` added to its row ``index[i, t]``."""
+    """The gradient of example ``i`` has ``right[i, t]`` added to its row ``place[i, t]``."""
 
-    index: Tensor  # [B, T]
+    place: Tensor  # [B, T]
     right: Tensor  # [B, T, p]
 
 
@@ -139,7 +139,7 @@ NORM_LAYERS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm, nn.GroupNo
 
 
 def _rule(layer: nn.Module) -> Callable[[Any, Tensor, Tensor], _Uses] | None:
-    """The rule for a layer, which must compute what its type does: a subclass may have its own ``forward``."""
+    """The rule for a layer, which must be its type: a subclass may have its own ``forward``."""
     for kind, rule in _RULES.items():
         if isinstance(layer, kind) and type(layer).forward is kind.forward:
             scaled = isinstance(layer, nn.Embedding) and layer.scale_grad_by_freq
@@ -165,11 +165,11 @@ def unmeasurable_parameters(module: nn.Module) -> list[str]:
 def _chunks(elements_per_example: int, *tensors: Tensor) -> Iterable[Sequence[Tensor]]:
     """The tensors in pieces of so many examples that an intermediate result stays small."""
     size = max(1, CHUNK_ELEMENTS // max(1, elements_per_example))
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
 
 
 def _outer_sq_norms(use: _Outer) -> Tensor:
-    """``[B]`` of ``|sum_t left_t right_t'|^2``, by inner products or by the sum itself, whichever is cheaper."""
+    """``[B]`` of ``|sum_t left_t right_t'|^2``, by inner products or by the sum, whichever is cheaper."""
     _, groups, length, q = use.left.shape
     p = use.right.shape[-1]
     if length == 1:
@@ -188,20 +188,21 @@ def _outer_sq_norms(use: _Outer) -> Tensor:
 
 def _rows_sq_norms(use: _Rows) -> Tensor:
     """``[B]``: what goes to the same row is added up before it is squared."""
-    batch, length = use.index.shape
-    place = use.index + torch.arange(batch, device=use.index.device)[:, None] * (use.index.max() + 1)
-    rows, which = place.reshape(-1).unique(return_inverse=True)
+    batch, length = use.place.shape
+    device = use.place.device
+    own = use.place + torch.arange(batch, device=device)[:, None] * (use.place.max() + 1)
+    rows, which = torch.unique(own.reshape(-1), return_inverse=True)
     right = _full(use.right).reshape(batch * length, -1)
     sums = right.new_zeros(len(rows), right.shape[1]).index_add_(0, which, right)
     example = which.new_empty(len(rows))
-    example[which] = torch.arange(batch, device=which.device).repeat_interleave(length)
+    example[which] = torch.arange(batch, device=device).repeat_interleave(length)
     return sums.new_zeros(batch).index_add_(0, example, sums.square().sum(1))
 
 
 def _cross_terms(outer: _Outer, rows: _Rows) -> Tensor:
     """``[B]`` inner products of the gradients of two uses of one weight, as in a tied output layer."""
     terms = []
-    length = outer.left.shape[2] * rows.index.shape[1]
+    length = outer.left.shape[2] * rows.place.shape[1]
     for left, right, index, added in _chunks(length, outer.left[:, 0], outer.right[:, 0], *rows):
         at_rows = _full(left).gather(2, index[:, None].expand(-1, left.shape[1], -1))
         terms.append((at_rows * (_full(right) @ _full(added).transpose(1, 2))).sum((1, 2)))
@@ -256,7 +257,7 @@ class _Gradient:
             if self._outer is not None:
                 terms.append((_full(self._outer.left) @ u) * (_full(self._outer.right) @ v))
             if self._rows is not None:
-                terms.append(u[0, self._rows.index] * (_full(self._rows.right) @ v[0]))
+                terms.append(u[0, self._rows.place] * (_full(self._rows.right) @ v[0]))
         found, magnitude = sum(t.sum() for t in terms), sum(t.abs().sum() for t in terms)
         return bool((found - expected).abs() <= tolerance * magnitude)
 
@@ -270,24 +271,27 @@ class PerExampleNorms:
     Module hooks keep each layer's input ``a`` and the gradient ``d`` of its output; an example's weight
     gradient is ``sum_t d_t a_t'`` over its positions, and its squared norm needs no gradient of that size:
     ``|a|^2 |d|^2`` for one position, ``sum_st (a_s . a_t)(d_s . d_t)`` or the sum itself for several,
-    whichever takes less work. Biases and normalisation weights are small enough to be summed, rows of an embedding
-    are added up where an example uses one twice, convolutions are linear layers on their windows. A layer that is
-    used twice, and weights that are tied, have their cross terms. Nothing in the run changes, not even in its last
-    bit.
+    whichever takes less work. Biases and normalisation weights are small enough to be summed, rows of an
+    embedding are added up where an example uses one twice, convolutions are linear layers on their windows. A
+    layer that is used twice, and weights that are tied, have their cross terms. Nothing in the run changes,
+    not even in its last bit.
 
     Sources: Goodfellow, "Efficient Per-Example Gradient Computations", 2015, arXiv:1510.01799; Gray, Tiwari,
-    Bergsma, Hestness, "Normalization Layer Per-Example Gradients are Sufficient to Predict Gradient Noise Scale in
-    Transformers", 2024, arXiv:2411.00999.
+    Bergsma, Hestness, "Normalization Layer Per-Example Gradients are Sufficient to Predict Gradient Noise
+    Scale in Transformers", 2024, arXiv:2411.00999.
 
     The first dimension of every layer's input must be the batch. At the first measured batch each parameter's
     gradient is compared with the sum over the examples in a random direction, so a weight that is also used
     outside of its layer, or a layer that sees something else than the batch, is found and refused by name.
-    Under ``torch.compile`` module hooks may be left out of the compiled graph, which is refused in the same way.
+    Under ``torch.compile`` module hooks may be left out of the compiled graph, which is refused in the same
+    way.
 
-    Use as a context around the passes of one update and call :meth:`end_part` after each, as with ``PartNorms``.
+    Use as a context around the passes of one update and call :meth:`end_part` after each, as with
+    ``PartNorms``.
 
     Args:
-        module: what is trained. Known are Linear, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm, RMSNorm, GroupNorm.
+        module: what is trained. Known are Linear, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm, RMSNorm,
+            GroupNorm.
         only: measure layers of these types alone, for example ``NORM_LAYERS``; ``None`` measures all.
 
     Attributes:
@@ -300,9 +304,9 @@ class PerExampleNorms:
     def __init__(self, module: nn.Module, *, only: tuple[type[nn.Module], ...] | None = None) -> None:
         unknown = unmeasurable_parameters(module) if only is None else []
         if unknown:
+            names = ", ".join(unknown[:3]) + " and others" * (len(unknown) > 3)
             raise Unmeasurable(
-                f"per-example norms are not known for {', '.join(unknown[:3])}{' and others' * (len(unknown) > 3)}; "
-                'use noise="probe" or noise="micro_batches".'
+                f'per-example norms are not known for {names}; use noise="probe" or noise="micro_batches".'
             )
         self._layers = [
             (layer, rule)
@@ -334,7 +338,9 @@ class PerExampleNorms:
             layer.register_forward_hook(partial(self._forward, rule), with_kwargs=True)
             for layer, rule in self._layers
         ]
-        self._handles += [p.register_hook(partial(self._backward, p)) for p in self.parameters]
+        for p in self.parameters:
+            hook = partial(self._backward, p)
+            self._handles.append(p.register_hook(hook))  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -348,7 +354,8 @@ class PerExampleNorms:
     def _forward(self, rule: Any, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         if output.requires_grad:
             a = (args[0] if args else kwargs["input"]).detach()
-            output.register_hook(partial(self._output, rule, layer, a))
+            hook = partial(self._output, rule, layer, a)
+            output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _output(self, rule: Any, layer: nn.Module, a: Tensor, d: Tensor) -> None:
@@ -377,7 +384,7 @@ class PerExampleNorms:
             verified = id(parameter) in self._verified
             if not verified and not combined.explains(gradient, tolerance=self._tolerance):
                 raise ValueError(
-                    "its examples' gradients do not add up to its gradient (is it also used outside of its layer?)"
+                    "its examples' gradients do not add up to its gradient; is it used outside of its layer?"
                 )
             self._terms[id(parameter)] = combined.sq_norms()
         except (ValueError, RuntimeError, IndexError) as error:
@@ -388,7 +395,8 @@ class PerExampleNorms:
 
         Args:
             size: its examples.
-            weight: what their mean gradient was multiplied with (the batch's share of the update, a loss scale).
+            weight: what their mean gradient was multiplied with (the batch's share of the update, a loss
+                scale).
 
         Raises:
             Unmeasurable: if the hooks did not see what they have to see; nothing of this batch is kept.

@@ -14,10 +14,10 @@ MIN_STEPS = 5
 class AdamMetric:
     """Gradients as Adam's step sees them: ``P g`` with ``P = diag(1 / (sqrt(v_hat) + eps))``.
 
-    Norms taken of ``P g`` give the preconditioned noise scale ``tr(P Sigma P') / |P G|^2`` (PGNS). It is another
-    quantity than the plain one, often by a factor, and the two are never averaged together. ``v_hat`` is that of
-    the optimizer's last step, the same for all parts of an update. It leaves momentum out, and depends on the
-    batch size itself.
+    Norms taken of ``P g`` give the preconditioned noise scale ``tr(P Sigma P') / |P G|^2`` (PGNS). It is
+    another quantity than the plain one, often by a factor, and the two are never averaged together. ``v_hat``
+    is that of the optimizer's last step, the same for all parts of an update. It leaves momentum out, and
+    depends on the batch size itself.
 
     Source: Qiao et al., "Pollux", OSDI 2021, arXiv:2008.12260, equation 5, and its implementation AdaptDL.
 
@@ -31,8 +31,8 @@ class AdamMetric:
     def __init__(self, optimizer: Optimizer) -> None:
         if not all("betas" in group and "eps" in group for group in optimizer.param_groups):
             raise ValueError(
-                f"{type(optimizer).__name__} has no second moments to precondition with; use Adam or AdamW, or "
-                "preconditioned=False."
+                f"{type(optimizer).__name__} has no second moments to precondition with; "
+                "use Adam or AdamW, or preconditioned=False."
             )
         self._optimizer = optimizer
         self._options = {
@@ -54,4 +54,5 @@ class AdamMetric:
             return gradient * 0
         beta, eps = self._options[id(parameter)]
         moment = state["exp_avg_sq"] / (1 - beta ** state["step"])
-        return gradient / (moment.sqrt() + eps)
+        preconditioned: Tensor = gradient / (moment.sqrt() + eps)
+        return preconditioned

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Batches", "NoiseSample", "equivalent_sample", "ranks_sample"]
+from adaptive_batch.noise.estimators import harmonic_mean
+
+__all__ = ["Batches", "NoiseSample", "equivalent_sample", "ranks_sample", "variance_of"]
 
 
 class NoiseSample(NamedTuple):
@@ -29,12 +31,13 @@ class NoiseSample(NamedTuple):
 def equivalent_sample(
     part_sq_norm: float | Tensor, part_size: float, sq_norm: float | Tensor, size: float
 ) -> NoiseSample:
-    """Two equal parts whose estimates are those of any number of parts.
+    """Two parts whose estimates are those of any number of parts.
 
-    Parts count only through their mean squared norm and the harmonic mean of their sizes, so two halves of
-    ``size`` samples with the squared norm ``|G|^2 + 2 tr(Sigma) / size`` stand for all of them. That keeps a
-    measurement of one sample per part as short as any other. ``size`` need not be a number of samples that exist:
-    for a mean of weights ``w_j`` it is ``1 / sum(w_j^2 / b_j)``, the size of a batch that would be as noisy.
+    Parts count only through their mean squared norm and the harmonic mean ``b`` of their sizes, so two halves
+    of ``size`` samples with the squared norm ``|G|^2 + tr(Sigma) / b`` stand for all of them. That keeps a
+    measurement of one sample per part as short as any other. ``size`` need not be a number of samples that
+    exist: for a mean of weights ``w_j`` it is ``1 / sum(w_j^2 / b_j)``, the size of a batch that would be as
+    noisy. A whole number is halved into whole numbers.
 
     Args:
         part_sq_norm: mean of the parts' squared norms.
@@ -45,8 +48,17 @@ def equivalent_sample(
     if not part_size < size:
         return NoiseSample([part_sq_norm], [size], sq_norm)  # a single part, which says nothing
     grad_variance = (part_sq_norm - sq_norm) / (1 / part_size - 1 / size)
-    half = sq_norm + grad_variance / size
-    return NoiseSample([half, half], [size / 2, size / 2], sq_norm)
+    first = int(size) // 2 if size >= 2 and float(size).is_integer() else size / 2
+    sizes = [first, type(first)(size) - first]
+    half = sq_norm + grad_variance * (1 / harmonic_mean(sizes) - 1 / size)
+    return NoiseSample([half, half], sizes, sq_norm)
+
+
+def variance_of(sample: NoiseSample) -> float | Tensor:
+    """``tr(Sigma)`` as :func:`two_batch_estimate` has it, without waiting for the device."""
+    part_size, size = harmonic_mean(sample.sizes), sum(sample.sizes)
+    mean = sum(sample.sq_norms) / len(sample.sq_norms)
+    return (mean - sample.sq_norm) / (1 / part_size - 1 / size)
 
 
 class Batches:
@@ -78,7 +90,7 @@ class Batches:
 
     @property
     def size(self) -> float:
-        """Samples of a batch that would be as noisy as the weighted mean: all of them, if weighted by size."""
+        """Samples of a batch that would be as noisy as the mean: all of them, if weighted by size."""
         return self.share**2 / self.noise
 
 

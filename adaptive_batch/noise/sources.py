@@ -14,8 +14,9 @@ from adaptive_batch.layers import batch_dependent_layers
 from adaptive_batch.noise.adam_moments import AdamMomentsSource
 from adaptive_batch.noise.estimators import harmonic_mean
 from adaptive_batch.noise.part_norms import Metric, PartNorms, grad_sq_norm
-from adaptive_batch.noise.sample import Batches, NoiseSample, equivalent_sample, ranks_sample
 from adaptive_batch.noise.per_example import PerExampleNorms, unmeasurable_parameters
+from adaptive_batch.noise.sample import Batches, NoiseSample, equivalent_sample, ranks_sample
+from adaptive_batch.noise.subset import SubsetSource
 
 __all__ = [
     "SOURCES",
@@ -35,12 +36,13 @@ class NoiseSource(Protocol):
     """Turns the gradients of an update into a measurement.
 
     ``start``, one ``end_batch`` after each backward pass, ``finish``: once the gradients of the update are
-    complete, before they are clipped and after an AMP scale has been taken off. ``cancel`` in place of ``finish``
-    where the update failed. Nothing waits for the device.
+    complete, before they are clipped and after an AMP scale has been taken off. ``cancel`` in place of
+    ``finish`` where the update failed. Nothing waits for the device.
     """
 
-    pending: bool
-    """Whether the next update has to be given to the source as well."""
+    @property
+    def pending(self) -> bool:
+        """Whether the next update has to be given to the source as well."""
 
     def start(self) -> None:
         """An update begins."""
@@ -82,25 +84,30 @@ _ACROSS = "layers or losses that look across the batch (BatchNorm, in-batch cont
 
 SOURCES = {
     "micro_batches": SourceFacts(
-        cost="the norms of the parts, below 1 % of an update; splitting an update that would not be split otherwise "
-        "costs the overhead of one more pass",
-        invalid=f"under {_ACROSS} it speaks of batches of the parts' size; on parts of unequal weight, a mean over "
+        cost="the norms of the parts, below 1 % of an update; a pass's overhead where it is split for it",
+        invalid=f"under {_ACROSS} it speaks of batches of the parts' size; losses that are a mean over "
         "something else than samples",
         changes_run=True,
     ),
     "ranks": SourceFacts(
         cost="the norms of the local gradients, and one reduction of five numbers",
-        invalid=f"as micro_batches, with each rank's share as a part: {_ACROSS} within a rank; sharded parameters",
+        invalid="as micro_batches, each rank's batch being a part; sharded parameters",
     ),
     "per_example": SourceFacts(
         cost="up to the weight gradients' share of the backward pass once more, no pass of its own",
-        invalid=f"{_ACROSS}; losses that are no mean over samples; layers that are not known (refused by name); "
-        "models under torch.compile",
+        invalid=f"{_ACROSS}; losses that are no mean over samples; layers that are not known "
+        "(refused by name); models under torch.compile",
+    ),
+    "norm_layers": SourceFacts(
+        cost="the normalisation layers' part of per_example, and a probe at every tenth measurement",
+        invalid="as per_example; models whose noise does not follow that of the normalisation layers, as "
+        "it does in transformers",
+        biased=True,
     ),
     "probe": SourceFacts(
         cost="one more forward and backward pass",
-        invalid=f"under {_ACROSS} it speaks of batches of half the size; it does not put back Python state that "
-        "training_step keeps by itself",
+        invalid=f"under {_ACROSS} it speaks of batches of half the size; Python state that training_step "
+        "keeps by itself is not put back",
     ),
     "adam_moments": SourceFacts(
         cost="two sums over the optimizer's state every few updates",
@@ -133,9 +140,9 @@ def check_source(name: str, allowed: Iterable[str] = SOURCES) -> str:
 def choose_source(module: nn.Module, *, batches: int = 1, ranks: int = 1, metric: bool = False) -> str:
     """What ``noise="auto"`` means for something that only watches.
 
-    The parts that are there anyway come first, ranks before batches that are accumulated; then per-example norms,
-    where every layer is known and none looks across the batch; the probe works for any model. ``adam_moments``
-    and ``differenced``, which are biased, are never chosen.
+    The parts that are there anyway come first, ranks before batches that are accumulated; then per-example
+    norms, where every layer is known and none looks across the batch; the probe works for any model.
+    ``adam_moments`` and ``differenced``, which are biased, are never chosen.
 
     Args:
         module: what is trained.
@@ -192,9 +199,9 @@ class MicroBatchSource:
         total = grad_sq_norm(self._parameters, self._metric)
         if total is None or not self._batches.sizes:
             return None
-        return self._parts(total)
+        return self._sample(total)
 
-    def _parts(self, total: Tensor) -> NoiseSample:
+    def _sample(self, total: Tensor) -> NoiseSample:
         batches, norm = self._batches, torch.stack(self._norms.sq_norms).mean()
         return equivalent_sample(norm, harmonic_mean(batches.sizes), total / batches.share**2, batches.size)
 
@@ -206,7 +213,7 @@ class MicroBatchSource:
 class RankSource(MicroBatchSource):
     """The gradients of the ranks before they are averaged; each rank calls it at the same updates."""
 
-    def _parts(self, total: Tensor) -> NoiseSample:
+    def _sample(self, total: Tensor) -> NoiseSample:
         return ranks_sample(self._norms.sq_norms, self._batches, total)
 
 
@@ -217,8 +224,8 @@ class PerExampleSource:
         module: what is trained.
 
     Raises:
-        Unmeasurable: if a trainable parameter belongs to a layer that is not known; :meth:`end_batch` where that
-            only shows in a backward pass.
+        Unmeasurable: if a trainable parameter belongs to a layer that is not known; :meth:`end_batch` where
+            that only shows in a backward pass.
     """
 
     pending = False
@@ -254,8 +261,8 @@ class PerExampleSource:
 class DifferencedSource:
     """Two consecutive updates as the two parts of one, for what else is not possible.
 
-    The parameters move in between, which biases both estimates by the order of the learning rate: with plain SGD
-    and batches of ``b``, ``|G|^2`` by ``-lr (G'HG + tr(H Sigma) / b)``. It needs a copy of the gradients.
+    The parameters move in between, which biases both estimates by the order of the learning rate: with plain
+    SGD and batches of ``b``, ``|G|^2`` by ``-lr (G'HG + tr(H Sigma) / b)``. It needs a copy of the gradients.
 
     Source: AdaptDL's estimator for one replica without accumulation (Qiao et al., 2021, arXiv:2008.12260).
 
@@ -267,7 +274,9 @@ class DifferencedSource:
     def __init__(self, parameters: Iterable[nn.Parameter], metric: Metric | None = None) -> None:
         self._parameters = list(parameters)
         self._metric = metric
-        self.cancel()
+        self._batches = Batches()
+        self._first: dict[nn.Parameter, Tensor] = {}
+        self._first_size = 0.0
 
     @property
     def pending(self) -> bool:
@@ -306,19 +315,17 @@ class DifferencedSource:
 
     def cancel(self) -> None:
         """Drop the gradient that was kept."""
-        self._batches = Batches()
-        self._first: dict[nn.Parameter, Tensor] = {}
-        self._first_size = 0.0
+        self._first = {}
 
 
 def _mixed(first: Tensor | None, second: Tensor | None, share: float) -> Tensor:
-    if first is None or second is None:
-        return second * share if first is None else first * (1 - share)  # type: ignore[operator]
-    return torch.lerp(first, second, share)
+    parts = [] if first is None else [first * (1 - share)]
+    parts += [] if second is None else [second * share]
+    return torch.stack(parts).sum(0)  # one of them for a parameter that only one of the updates has reached
 
 
 def _sq_norm(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(list(tensors))).square().sum()  # type: ignore[no-any-return]
+    return torch.stack(torch._foreach_norm(list(tensors))).square().sum()
 
 
 def make_source(
@@ -331,13 +338,16 @@ def make_source(
         ValueError: if the optimizer does not go with the source, or the source not with a metric.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if metric is not None and name in ("per_example", "adam_moments"):
+    if metric is not None and name in ("per_example", "norm_layers", "adam_moments"):
         raise ValueError(
-            f'noise="{name}" has no norms in another metric; use "probe" or "micro_batches", or preconditioned=False.'
+            f'noise="{name}" has no norms in another metric; use "probe", or preconditioned=False.'
         )
     if name == "per_example":
         return PerExampleSource(module)
+    if name == "norm_layers":
+        return SubsetSource(module, parameters)
     if name == "adam_moments":
         return AdamMomentsSource(optimizer)
+    kinds: dict[str, type[MicroBatchSource | DifferencedSource]]
     kinds = {"micro_batches": MicroBatchSource, "ranks": RankSource, "differenced": DifferencedSource}
     return kinds[name](parameters, metric)

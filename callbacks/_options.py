@@ -1,0 +1,124 @@
+"""Arguments that several callbacks have, checked in one place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adaptive_batch.callbacks._executor import UpdateExecutor, WeightFn
+from adaptive_batch.memory import device_budget, device_memory, parse_budget
+from adaptive_batch.micro_batch_limit import MicroBatchLimit
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["Splitting", "check_choice", "check_function"]
+
+_REDUCTIONS = ("mean", "sum")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse what is not one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+
+
+def check_function(name: str, value: Callable[..., Any] | None) -> None:
+    """Refuse what cannot be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}={value!r} must be a function, or None.")
+
+
+class Splitting:
+    """How a callback's user wants updates split; makes the executor that does it.
+
+    Args:
+        micro_batch_size: a bound on the samples per pass, ``"auto"`` or ``None``.
+        memory_budget: bytes, a size in words, a fraction of the device or ``None``.
+        loss_reduction: ``"mean"`` or ``"sum"``.
+        weight_fn: ``(micro_batch, batch) -> weight``.
+        self_check: whether the first batch is compared with its parts.
+
+    Attributes:
+        limit: what was learned about the size of a pass.
+
+    Raises:
+        ValueError: for an argument that is not one of the above.
+        TypeError: for a ``weight_fn`` that is no function.
+    """
+
+    def __init__(
+        self,
+        *,
+        micro_batch_size: int | str | None,
+        memory_budget: int | float | str | None,
+        loss_reduction: str,
+        weight_fn: WeightFn | None,
+        self_check: bool,
+    ) -> None:
+        _check_micro_batch_size(micro_batch_size)
+        check_choice("loss_reduction", loss_reduction, _REDUCTIONS)
+        check_function("weight_fn", weight_fn)
+        self.micro_batch_size = micro_batch_size
+        self._memory_budget = memory_budget
+        self._loss_reduction = loss_reduction
+        self._weight_fn = weight_fn
+        self._self_check = self_check
+        self.limit = MicroBatchLimit(largest=micro_batch_size if isinstance(micro_batch_size, int) else None)
+        if isinstance(memory_budget, str):
+            parse_budget(memory_budget, None)  # a fraction waits for the device
+
+    def _switch_off(self, why: str) -> None:
+        """An error where splitting was asked for, one warning where it was only ``"auto"``."""
+        wishes = {
+            "micro_batch_size": self.micro_batch_size if isinstance(self.micro_batch_size, int) else None,
+            "memory_budget": self._memory_budget,
+            "self_check": self._self_check or None,
+        }
+        for name, value in wishes.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r} needs updates that can be split, but {why}; leave it out."
+                )
+        if self.micro_batch_size is not None:
+            warnings.warn(f"an update that does not fit into memory will not be split: {why}.", stacklevel=2)
+
+    def executor(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        *,
+        noise: str = "auto",
+        probes: bool = False,
+        why_not: str | None = None,
+    ) -> UpdateExecutor:
+        """What runs the updates of a fit; ``why_not`` says why none can be split in it."""
+        if why_not is not None:
+            self._switch_off(why_not)
+        self.limit.budget = self._budget(trainer.strategy.root_device)
+        return UpdateExecutor(
+            trainer,
+            module,
+            limit=self.limit,
+            loss_reduction=self._loss_reduction,
+            weight_fn=self._weight_fn,
+            recovers=self.micro_batch_size is not None and why_not is None,
+            noise=noise,
+            probes=probes,
+            explores=self._memory_budget is not None,
+            self_check=self._self_check,
+        )
+
+    def _budget(self, device: torch.device) -> int | None:
+        if self._memory_budget is None:
+            return device_budget(device)
+        return parse_budget(self._memory_budget, device_memory(device))
+
+
+def _check_micro_batch_size(value: int | str | None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (value is None or value == "auto" or (whole and value >= 1)):  # type: ignore[operator]
+        raise ValueError(f'micro_batch_size={value!r} must be a positive number of samples, "auto" or None.')
