@@ -120,9 +120,7 @@ class GainClock:
         """
         taken, progress = _checked_count(state), state.get("progress")
         if not isinstance(progress, (int, float)) or not 0 <= progress < math.inf:
-            raise ValueError(
-                f"a clock's state cannot have progress={progress!r}; load what state_dict() returned."
-            )
+            raise ValueError(f"a clock's state cannot have progress={progress!r}; load what state_dict() returned.")
         self.progress, self.taken = float(progress), taken
 
 

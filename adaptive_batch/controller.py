@@ -109,9 +109,7 @@ class BatchSizeController:
             if not _is_count(value, least=1):
                 raise ValueError(f"{name}={value!r} must be a positive whole number.")
         if reference_batch_size is not None and not _is_count(reference_batch_size, least=1):
-            raise ValueError(
-                f"reference_batch_size={reference_batch_size!r} must be a positive whole number, or None."
-            )
+            raise ValueError(f"reference_batch_size={reference_batch_size!r} must be a positive whole number, or None.")
         self.policy = resolve_policy(policy)
         self.lr_scaling = resolve_lr_scaling(lr_scaling)
         self.min_batch_size = min_batch_size
@@ -268,8 +266,7 @@ class BatchSizeController:
             return own if self.agree is None else self.agree(own)
         except (TypeError, ValueError):
             raise TypeError(
-                f"{_name(self.policy)} proposed {proposal!r}, which is no batch size; "
-                "return a number of samples."
+                f"{_name(self.policy)} proposed {proposal!r}, which is no batch size; return a number of samples."
             ) from None
 
     def _careful_answer(self, m: Measurement, proposal: float) -> Decision | _Stay:

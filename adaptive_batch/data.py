@@ -75,9 +75,7 @@ def _sampler_of(adaptive: DataLoader[Any], rank: int, world_size: int) -> Adapti
         if given is not None:
             adaptive.collate_fn = TaggingCollate(adaptive.collate_fn)
             size = given.batch_size * world_size
-            return Requests(
-                given.sampler, size, given.drop_last, length=length, rank=rank, world_size=world_size
-            )
+            return Requests(given.sampler, size, given.drop_last, length=length, rank=rank, world_size=world_size)
         shared = getattr(adaptive.dataset, "batch_size", None)
         if isinstance(shared, SharedBatchSize):
             adaptive.collate_fn = CountingCollate(adaptive.collate_fn, shared)

@@ -77,8 +77,7 @@ _COUNTS = 5  # the leading fields are whole numbers
 def _without_nan(fields: dict[str, Any]) -> dict[str, Any]:
     """JSON has no numbers that are not finite."""
     return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in fields.items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()
     }
 
 

@@ -14,7 +14,5 @@ def batch_dependent_layers(module: nn.Module) -> list[str]:
     A micro-batch means something else to them than the whole batch, and they need two samples at least.
     """
     return [
-        f"{name} ({type(layer).__name__})"
-        for name, layer in module.named_modules()
-        if isinstance(layer, _BatchNorm)
+        f"{name} ({type(layer).__name__})" for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)
     ]

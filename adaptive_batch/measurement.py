@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, SupportsFloat, Union
+from typing import TYPE_CHECKING, SupportsFloat, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from adaptive_batch.throughput import StepTimeModel
 
-Number = Union[float, Tensor]
+Number: TypeAlias = float | Tensor
 """A number, or a zero-dimensional tensor that is left on its device until somebody has to know it."""
 
 

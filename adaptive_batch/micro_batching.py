@@ -59,9 +59,7 @@ def balanced_sizes(n: int, largest: int, smallest: int = 1) -> list[int]:
     [4, 3, 3]
     """
     if n < 1 or largest < 1:
-        raise ValueError(
-            f"{n} samples cannot be split into parts of at most {largest}; both must be positive."
-        )
+        raise ValueError(f"{n} samples cannot be split into parts of at most {largest}; both must be positive.")
     parts = max(1, min(-(-n // largest), n // smallest))
     size, longer = divmod(n, parts)
     return [size + 1] * longer + [size] * (parts - longer)
@@ -94,9 +92,7 @@ def split_batch(batch: Any, sizes: Sequence[int], n: int) -> list[Any]:
     slices = [slice(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
     parts = _split(batch, _Plan(n, list(sizes), slices), "batch")
     if parts is None:
-        raise ValueError(
-            f"split_batch found nothing with {n} samples in a batch of type {type(batch).__name__}."
-        )
+        raise ValueError(f"split_batch found nothing with {n} samples in a batch of type {type(batch).__name__}.")
     return parts
 
 

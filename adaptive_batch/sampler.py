@@ -139,9 +139,7 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         """
         total = self._total()
         if total is None:
-            raise TypeError(
-                f"Batches of {type(self.sampler).__name__}, which has no len(), have no len() either."
-            )
+            raise TypeError(f"Batches of {type(self.sampler).__name__}, which has no len(), have no len() either.")
         batches, samples = self._settled()
         left = max(0, total - samples)
         full, tail = divmod(left, self.batch_size)
@@ -251,10 +249,7 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
 
         Otherwise a resize would say of a batch that has gone by that it was the last.
         """
-        if self._resume is not None:
-            sizes = self._resume["sizes"]
-        else:
-            sizes = [] if self._epoch is None else self._epoch.sizes
+        sizes = self._resume["sizes"] if self._resume is not None else [] if self._epoch is None else self._epoch.sizes
         return sizes[-1][0] if sizes else left + 1
 
     def _settled(self) -> tuple[int, int]:
@@ -420,9 +415,7 @@ class _Indices:
 
     def __init__(self, owner: AdaptiveBatchSampler) -> None:
         self._coming: list[list[int]] = []
-        self._before: int = (
-            sys.maxsize
-        )  # the size before, which with drop_last a larger one gives way to at the end
+        self._before: int = sys.maxsize  # the size before, which with drop_last a larger one gives way to at the end
         self._owner = owner
         self._indices = iter(owner.sampler)
         self._ahead: deque[Any] = deque()
@@ -497,9 +490,7 @@ def _check_batch_size(value: object, world_size: int) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"batch_size={value!r} is not a whole number of samples; give an int of at least 1.")
     if value < world_size:
-        raise ValueError(
-            f"batch_size={value} leaves some of {world_size} ranks without a sample; make it larger."
-        )
+        raise ValueError(f"batch_size={value} leaves some of {world_size} ranks without a sample; make it larger.")
     return int(value)
 
 
@@ -510,16 +501,12 @@ def _check_state(state: Mapping[str, Any], world_size: int, *, has_generator: bo
     _check_batch_size(state["batch_size"], world_size)
     order = state["order"]
     if order is not None and set(order) != {"torch", "numpy", "python", "generator", "epoch"}:
-        raise ValueError(
-            f"The sampler's state has an order of {sorted(order)}; load what its state_dict() returned."
-        )
+        raise ValueError(f"The sampler's state has an order of {sorted(order)}; load what its state_dict() returned.")
     pairs = [*state["sizes"], *state["in_flight"]]
     if not all(len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair) for pair in pairs):
         raise ValueError(f"The sampler's state has sizes {pairs!r} that are not pairs of positive numbers.")
     if not isinstance(state["consumed"], int) or state["consumed"] < 0:
-        raise ValueError(
-            f"The sampler's state has consumed={state['consumed']!r}; it must be a number of samples."
-        )
+        raise ValueError(f"The sampler's state has consumed={state['consumed']!r}; it must be a number of samples.")
     if (state["generator"] is not None) != has_generator:
         raise ValueError(
             "The sampler's state and the sampler differ in whether there is a generator of its own; build it"

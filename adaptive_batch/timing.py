@@ -14,7 +14,7 @@ Mark = float | torch.cuda.Event
 def mark(device: torch.device) -> Mark:
     """The present moment in the device's own order of work; recording it does not synchronise."""
     if device.type == "cuda":
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no annotation
         event.record(torch.cuda.current_stream(device))
         return event
     return time.perf_counter()
@@ -29,8 +29,9 @@ class Elapsed:
         self._start, self._stop, self._wait = start, stop, wait
 
     def __float__(self) -> float:
-        if isinstance(self._start, float):
-            assert isinstance(self._stop, float)
-            return self._stop - self._start + self._wait
-        self._stop.synchronize()  # type: ignore[union-attr]
-        return self._start.elapsed_time(self._stop) / 1e3 + self._wait
+        start, stop = self._start, self._stop
+        if isinstance(start, float) or isinstance(stop, float):
+            assert isinstance(start, float) and isinstance(stop, float)  # marks of one device
+            return stop - start + self._wait
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3 + self._wait

@@ -176,9 +176,7 @@ class _Trainer:
         sampler.batch_size = start
         return plain
 
-    def _start_controller(
-        self, controller: BatchSizeController, size: int, samples: int | None
-    ) -> tuple[int, int]:
+    def _start_controller(self, controller: BatchSizeController, size: int, samples: int | None) -> tuple[int, int]:
         if controller.reference_batch_size is None:
             controller.reference_batch_size = controller.batch_size = size
         reference = controller.reference_batch_size
@@ -344,9 +342,7 @@ class FixedBatchTrainer(_Trainer):
         if self._size is not None:
             return self._size
         if samples is None:
-            raise ValueError(
-                "batch gradient descent needs data with a length; give FixedBatchTrainer a batch_size."
-            )
+            raise ValueError("batch gradient descent needs data with a length; give FixedBatchTrainer a batch_size.")
         return samples
 
     def _shuffle(self, samples: int) -> bool:
@@ -473,8 +469,7 @@ class _Update:
         loss = trainer.loss_fn(trainer.model(x), y)
         if loss.numel() != 1:
             raise ValueError(
-                f"loss_fn returned {loss.numel()} numbers; "
-                "it must return one, the mean over the batch's samples."
+                f"loss_fn returned {loss.numel()} numbers; it must return one, the mean over the batch's samples."
             )
         if size != self.samples:
             loss = loss * (size / self.samples)

@@ -66,7 +66,7 @@ class _RandomStates:
 
     def __init__(self, own: Iterable[torch.Generator]) -> None:
         self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._numpy = np.random.get_state()
         self._python = random.getstate()
         self._own = [(generator, generator.get_state()) for generator in own]

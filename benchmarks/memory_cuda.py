@@ -143,9 +143,7 @@ def cost(make: Callable[[], tuple[nn.Module, Tensor]], updates: int, pairs: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit-gib", type=float, default=4.0)
     parser.add_argument("--updates", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=7)

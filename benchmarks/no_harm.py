@@ -36,7 +36,8 @@ class OneByOne(pl.LightningModule):
         state = torch.zeros(64)
         for element in sequence:
             state = self.cell(element, state)
-        return self.head(state)
+        scores: Tensor = self.head(state)
+        return scores
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch

@@ -151,9 +151,7 @@ def compare(make: Callable[[], tuple[nn.Module, Tensor]], variant: Variant, pair
     for _ in range(pairs):
         plain = run(make, updates, variant.accumulate)
         idle = GradientNoiseMonitor(noise=variant.source, every=10**9)
-        waiting.append(
-            statistics.median(run(make, updates, variant.accumulate, idle)) / statistics.median(plain)
-        )
+        waiting.append(statistics.median(run(make, updates, variant.accumulate, idle)) / statistics.median(plain))
         seen = run(make, updates, variant.accumulate, GradientNoiseMonitor(noise=variant.source, every=2))
         # Recorded from the second update on: of those after a tenth of the run, which are measured?
         odd, even = statistics.median(seen[::2]), statistics.median(seen[1::2])
@@ -180,9 +178,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    print(
-        f"{'model':<13}{'source':<15}{'plain':>11}{'waiting':>9}{'measured':>11}{'of 1000':>14}{'of 10 000':>14}"
-    )
+    print(f"{'model':<13}{'source':<15}{'plain':>11}{'waiting':>9}{'measured':>11}{'of 1000':>14}{'of 10 000':>14}")
     for make, updates in ((mlp, 5), (cnn, 1), (transformer, 1)):
         for variant in VARIANTS:
             if variant.source != "norm_layers" or make is transformer:

@@ -160,7 +160,7 @@ class GnsPytorch:
     """gns-pytorch on all parameters and samples, its ratios averaged as its documentation says."""
 
     def __init__(self, model: nn.Module, base: int) -> None:
-        module = importlib.import_module("gns_pytorch.gns")
+        module: Any = importlib.import_module("gns_pytorch.gns")
         module.gc = types.SimpleNamespace(
             collect=lambda: None
         )  # each call collects garbage, which takes most of the run
@@ -243,9 +243,7 @@ def run(model: nn.Module, x: Tensor, y: Tensor, scenario: Scenario, updates: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--updates", type=int, default=100)
     arguments = parser.parse_args()
@@ -260,9 +258,7 @@ def main() -> None:
     for scenario in SCENARIOS:
         results = [run(model, x, y, scenario, arguments.updates, seed) for seed in range(arguments.runs)]
         print(f"\n{scenario.name}, {arguments.updates} updates, {arguments.runs} runs")
-        print(
-            f"{'':<22}{'tr(Sigma)':>18}{'sd':>7}{'|G|^2':>18}{'sd':>7}{'noise scale':>26}{'none':>7}{'far':>6}"
-        )
+        print(f"{'':<22}{'tr(Sigma)':>18}{'sd':>7}{'|G|^2':>18}{'sd':>7}{'noise scale':>26}{'none':>7}{'far':>6}")
         for name in results[0]:
             report(name, np.array([result[name] for result in results]), variance, sq_norm)
 

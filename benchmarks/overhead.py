@@ -54,7 +54,8 @@ class Transformer(nn.Module):
         self.head = nn.Linear(128, 10)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.encoder(self.embed(tokens)).mean(1))
+        scores: Tensor = self.head(self.encoder(self.embed(tokens)).mean(1))
+        return scores
 
 
 def mlp() -> tuple[nn.Module, Tensor]:

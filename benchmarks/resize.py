@@ -136,9 +136,7 @@ def times_less(theirs: list[float], ours: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--workers", type=int, default=4)
     arguments = parser.parse_args()
@@ -155,9 +153,7 @@ def main() -> None:
             values = f"resized {spread(ours, 1e3):<24} rebuilt {spread(theirs, 1e3):<24}"
             print(f"    {name:<10} {values} {times_less(theirs, statistics.median(ours))}", flush=True)
             if name == "stall":
-                print(
-                    f"    {'':<10} the worst resize beside the median rebuild: {times_less(theirs, max(ours))}"
-                )
+                print(f"    {'':<10} the worst resize beside the median rebuild: {times_less(theirs, max(ours))}")
     print("throughput at a constant size, resizable / plain, median [min, max]")
     for number, seconds, clock in ((0, 0.0, time.process_time), (workers, 0.0002, time.perf_counter)):
         images = Images(seconds)

@@ -70,7 +70,8 @@ class UpdateExecutor:
         self_check: whether to compare the gradients of the first batch, split and unsplit.
         noise: where the noise is measured: ``"micro_batches"`` splits updates, ``"probe"`` makes passes of its
             own, ``"per_example"`` uses hooks on the layers; both change nothing. ``"auto"`` splits.
-        probes: whether ``"auto"`` probes instead. A model with layers that look across the batch is never split for the noise.
+        probes: whether ``"auto"`` probes instead. A model with layers that look across the batch is never
+            split for the noise.
     """
 
     def __init__(
@@ -323,9 +324,7 @@ class UpdateExecutor:
 
     def _learn(self, failed: int) -> None:
         self.limit.failed(failed)
-        self.failures.append(
-            f"out of memory at a micro-batch of {failed}, at most {self.limit.learned} from here on"
-        )
+        self.failures.append(f"out of memory at a micro-batch of {failed}, at most {self.limit.learned} from here on")
         free_memory(self._trainer.strategy.root_device)
 
     def _run_probe(self, kwargs: Mapping[str, Any]) -> None:
@@ -341,9 +340,7 @@ class UpdateExecutor:
         if sample is not None:
             self._keep(sample)
 
-    def _attempt(
-        self, closure: Any, plain: Callable[[], Any], kwargs: Mapping[str, Any], sizes: list[int]
-    ) -> Any:
+    def _attempt(self, closure: Any, plain: Callable[[], Any], kwargs: Mapping[str, Any], sizes: list[int]) -> Any:
         passes = _Passes(self, sizes)
         parts = None
         # An optimizer may call the closure many times (LBFGS); its first call is the one to measure.
@@ -469,7 +466,6 @@ class UpdateExecutor:
             self.sq_norm = total / factor**2
             if self._examples is not None:
                 self._keep_examples()
-
 
     def _keep_examples(self) -> None:
         """Two parts that say what one per example would say."""

@@ -147,9 +147,7 @@ def override_manual_step(patches: Patches, trainer: Trainer, step: Callable[...,
     patches.override(trainer.strategy, "optimizer_step", make)
 
 
-def override_scheduler_steps(
-    patches: Patches, trainer: Trainer, indices: Callable[[bool], Iterator[int]]
-) -> None:
+def override_scheduler_steps(patches: Patches, trainer: Trainer, indices: Callable[[bool], Iterator[int]]) -> None:
     """Step the per-update schedulers once for each batch index that ``indices(plateau)`` gives.
 
     Lightning compares a scheduler's ``frequency`` with the batch index, so the index is set for the call.
@@ -324,8 +322,8 @@ def amp_scale(trainer: Trainer) -> Tensor | float:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not scaler.is_enabled():
         return 1.0
-    scale = scaler._scale
-    return scaler.get_scale() if scale is None else scale  # the tensor, so that nothing waits for the device
+    scale: Tensor | None = scaler._scale
+    return float(scaler.get_scale()) if scale is None else scale  # the tensor, so that nothing waits for the device
 
 
 class RankSync:
@@ -348,7 +346,8 @@ class RankSync:
 
     def blocked(self) -> AbstractContextManager[Any]:
         """Passes inside it keep their gradients to their rank."""
-        return self._ddp.no_sync()
+        blocked: AbstractContextManager[Any] = self._ddp.no_sync()
+        return blocked
 
     def share_buffers(self) -> None:
         """What DDP does in the first forward pass after an update, before there is anything to put back."""
@@ -362,7 +361,7 @@ class RankSync:
         module = self._trainer.lightning_module
         touched = [p for p in module.parameters() if p.requires_grad and p.grad is not None]
         own_forward = module.__dict__.get("forward")
-        module.__dict__["forward"] = lambda: _Touch.apply(*touched)
+        module.__dict__["forward"] = lambda: _Touch.apply(*touched)  # type: ignore[no-untyped-call]
         try:
             with torch.enable_grad():
                 self._ddp().backward()

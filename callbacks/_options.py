@@ -80,9 +80,7 @@ class Splitting:
         }
         for name, value in wishes.items():
             if value is not None:
-                raise ValueError(
-                    f"{name}={value!r} needs updates that can be split, but {why}; leave it out."
-                )
+                raise ValueError(f"{name}={value!r} needs updates that can be split, but {why}; leave it out.")
         if self.micro_batch_size is not None:
             warnings.warn(f"an update that does not fit into memory will not be split: {why}.", stacklevel=2)
 

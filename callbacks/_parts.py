@@ -37,17 +37,13 @@ class Parts:
         accumulate: what Lightning has divided the losses by.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], weights: Sequence[Number], *, by_weights: bool, accumulate: int
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], weights: Sequence[Number], *, by_weights: bool, accumulate: int) -> None:
         self._sizes = list(sizes)
         self._weights = list(weights)
         self._accumulate = accumulate
         counts: Sequence[Number] = weights if by_weights else sizes
         self._shares = _normalised(counts)
-        self._loss_counts_alike = not by_weights and all(
-            w == s for w, s in zip(weights, self._shares, strict=True)
-        )
+        self._loss_counts_alike = not by_weights and all(w == s for w, s in zip(weights, self._shares, strict=True))
         self._results: list[Any] = []
         self._losses: list[Tensor | None] = []
 

@@ -69,9 +69,7 @@ class SelfCheck:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-            free_memory(
-                self._trainer.strategy.root_device
-            )  # out here, where the error holds nothing any more
+            free_memory(self._trainer.strategy.root_device)  # out here, where the error holds nothing any more
             size //= 2
         return False
 
@@ -92,11 +90,7 @@ class SelfCheck:
         if first is None or again is None or not first.norm() > 0:
             return False
         tolerance = self._tolerance()
-        with (
-            _evaluating(self._module, self._across_batch)
-            if _differ(first, again, tolerance)
-            else _unchanged()
-        ):
+        with _evaluating(self._module, self._across_batch) if _differ(first, again, tolerance) else _unchanged():
             found = gradients()
             if found is None:
                 return False
@@ -151,9 +145,7 @@ class SelfCheck:
             f"{found.error(weights):.1%} of its norm, most in {named}: "
         )
 
-    def _reason(
-        self, found: _Gradients, weights: Sequence[Number], sizes: Sequence[int], tolerance: float
-    ) -> str:
+    def _reason(self, found: _Gradients, weights: Sequence[Number], sizes: Sequence[int], tolerance: float) -> str:
         """What is wrong, from the gradients with every layer in evaluation."""
         if found.error(weights) <= tolerance:
             layers = ", ".join(self._across_batch) or "a layer that behaves differently in training"

@@ -213,13 +213,15 @@ class AdaptiveBatchSize(CallbackBase):
         """Pick the learning-rate rule, now that there is an optimizer."""
         if len(trainer.optimizers) != 1:
             raise ValueError(
-                f"AdaptiveBatchSize needs exactly one optimizer, but configure_optimizers returned {len(trainer.optimizers)}; "
+                "AdaptiveBatchSize needs exactly one optimizer, but configure_optimizers returned "
+                f"{len(trainer.optimizers)}; "
                 "combine them into one with several parameter groups."
             )
         self._controller.lr_scaling = resolve_lr_scaling(self._lr_scaling, trainer.optimizers[0])
         if self._manual and "noise" in self._controller.needs:
             warnings.warn(
-                "AdaptiveBatchSize cannot measure the gradient noise in manual optimization, where training_step makes the "
+                "AdaptiveBatchSize cannot measure the gradient noise in manual optimization, where training_step makes "
+                "the "
                 "backward passes by itself; what needs it stays as it is, so choose a policy and an lr_scaling that do "
                 "not.",
                 stacklevel=2,
@@ -247,7 +249,8 @@ class AdaptiveBatchSize(CallbackBase):
         self._loaders.append(loader)
         if len(self._loaders) > 1:
             raise ValueError(
-                "AdaptiveBatchSize resizes one training DataLoader, but there are several, whose samples have no batch size "
+                "AdaptiveBatchSize resizes one training DataLoader, but there are several, whose samples have no batch "
+                "size "
                 "in common; let one DataLoader draw from all data sets (torch.utils.data.StackDataset pairs them, "
                 "ConcatDataset chains them)."
             )
@@ -292,7 +295,8 @@ class AdaptiveBatchSize(CallbackBase):
         own = isinstance(sampler, UserBatchSampler)
         if sampler.drop_last and not own and samples and largest and largest > samples * plain.accumulate:
             raise ValueError(
-                f"max_batch_size={largest} is more than the {samples} samples of an epoch, which drop_last=True would then "
+                f"max_batch_size={largest} is more than the {samples} samples of an epoch, which drop_last=True would "
+                "then "
                 "drop; make it smaller."
             )
         self._sampler = sampler
@@ -323,11 +327,7 @@ class AdaptiveBatchSize(CallbackBase):
         reference = controller.reference_batch_size
         smallest, largest = self._bounds
         if largest is None:
-            tenth = (
-                _UNKNOWN_LENGTH_GROWTH * reference
-                if plain.samples is None
-                else plain.samples // _DATA_FRACTION
-            )
+            tenth = _UNKNOWN_LENGTH_GROWTH * reference if plain.samples is None else plain.samples // _DATA_FRACTION
             largest = max(reference, smallest or 1, tenth)
         elif smallest is None and largest < reference:
             raise ValueError(
@@ -343,7 +343,8 @@ class AdaptiveBatchSize(CallbackBase):
         """Bring the loop's books in order before the first batch is fetched."""
         if self._books is None or self._sampler is None:
             raise ValueError(
-                "AdaptiveBatchSize found no training DataLoader to resize; pass one DataLoader to fit, or return one from "
+                "AdaptiveBatchSize found no training DataLoader to resize; pass one DataLoader to fit, or return one "
+                "from "
                 "train_dataloader."
             )
         self._books.sync()
@@ -364,9 +365,7 @@ class AdaptiveBatchSize(CallbackBase):
     def _interrupt_timing(self) -> None:
         self._update_mark = self._host_mark = None
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Learn how many samples the batch at hand really has."""
         assert self._books is not None
         draw = self._draw_of(trainer, batch)
@@ -437,7 +436,8 @@ class AdaptiveBatchSize(CallbackBase):
             self._rows, self._drawn = self._local_samples, size
         if self._before == 0 and not draw.last and not draw.nominal / 4 <= size <= draw.nominal * 4:
             raise ValueError(
-                f"batch_size_of counts {size} in a batch of a loader with batch_size={draw.nominal}; let both count the same, "
+                f"batch_size_of counts {size} in a batch of a loader with batch_size={draw.nominal}; let both count the "
+                "same, "
                 "by a batch sampler whose batch_size is in the unit of batch_size_of."
             )
         return draw._replace(size=size)
@@ -453,11 +453,11 @@ class AdaptiveBatchSize(CallbackBase):
     @property
     def _active(self) -> bool:
         """Not while a tuner has taken the callbacks away and runs the loop by itself."""
-        return self._trainer is not None and any(callback is self for callback in _lightning.callbacks_of(self._trainer))
+        return self._trainer is not None and any(
+            callback is self for callback in _lightning.callbacks_of(self._trainer)
+        )
 
-    def _optimizer_step(
-        self, original: Callable[..., None], batch_idx: int, closure: Callable[..., Any]
-    ) -> None:
+    def _optimizer_step(self, original: Callable[..., None], batch_idx: int, closure: Callable[..., Any]) -> None:
         assert self._trainer is not None
         if not self._active:
             original(batch_idx, closure)
@@ -580,12 +580,8 @@ class AdaptiveBatchSize(CallbackBase):
         else:
             self._sampler.batch_size = decision.batch_size // self._plain.accumulate
             self._books.sync()
-        self.history.changes.append(
-            self._change(trainer, decision.batch_size, decision.previous, decision.reason)
-        )
-        self._say(
-            trainer, ("batch size would change, " if self._dry_run else "batch size ") + decision.reason
-        )
+        self.history.changes.append(self._change(trainer, decision.batch_size, decision.previous, decision.reason))
+        self._say(trainer, ("batch size would change, " if self._dry_run else "batch size ") + decision.reason)
 
     def _note(self, trainer: Trainer) -> None:
         for failure in self._executor.failures:
@@ -693,7 +689,8 @@ def _check_supported(trainer: Trainer, pl_module: LightningModule) -> None:
         )
     if trainer.strategy.handles_gradient_accumulation:
         raise ValueError(
-            f"AdaptiveBatchSize cannot work with {type(trainer.strategy).__name__}, which accumulates gradients by itself; "
+            f"AdaptiveBatchSize cannot work with {type(trainer.strategy).__name__}, which accumulates gradients by "
+            "itself; "
             "use another strategy."
         )
 

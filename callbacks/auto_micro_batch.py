@@ -101,9 +101,7 @@ class AutoMicroBatch(CallbackBase):
         assert self._executor is not None
         return self._executor.make_closure(original, kwargs, optimizer, batch_idx)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Learn how many samples the batch has."""
         assert self._executor is not None
         samples = self._batch_size_of(batch) if self._batch_size_of else _lightning.samples_of(trainer, batch)
@@ -141,9 +139,7 @@ class AutoMicroBatch(CallbackBase):
 
 def _check_supported(trainer: Trainer, module: LightningModule) -> None:
     if any(isinstance(callback, AdaptiveBatchSize) for callback in _lightning.callbacks_of(trainer)):
-        raise ValueError(
-            "AdaptiveBatchSize splits batches that do not fit by itself; leave AutoMicroBatch out."
-        )
+        raise ValueError("AdaptiveBatchSize splits batches that do not fit by itself; leave AutoMicroBatch out.")
     if not module.automatic_optimization:
         raise ValueError(
             "AutoMicroBatch cannot split a batch whose backward pass the LightningModule calls by itself; "

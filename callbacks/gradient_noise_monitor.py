@@ -81,9 +81,7 @@ class GradientNoiseMonitor(CallbackBase):
         if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ValueError(f"every={every!r} must be a positive number of updates, or None.")
         if not isinstance(confidence, float) or not 0 < confidence < 1:
-            raise ValueError(
-                f"confidence={confidence!r} is not a probability between 0 and 1; pass 0.95, say."
-            )
+            raise ValueError(f"confidence={confidence!r} is not a probability between 0 and 1; pass 0.95, say.")
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction={loss_reduction!r} is not known; choose 'mean' or 'sum'.")
         self._name = check_source(noise)
@@ -169,9 +167,7 @@ class GradientNoiseMonitor(CallbackBase):
 
     # The loop
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """At the start of an update: measure it, or not."""
         self._samples = self._batch_size_of(batch)
         if self._in_update:
@@ -182,11 +178,7 @@ class GradientNoiseMonitor(CallbackBase):
             return
         source, probes = self._source, self._probe is not None and self._samples > 1
         if isinstance(source, SubsetSource):
-            if (
-                probes
-                and source.calibrating
-                and (full := self._probed(trainer, batch, batch_idx, _FIT_PARTS))
-            ):
+            if probes and source.calibrating and (full := self._probed(trainer, batch, batch_idx, _FIT_PARTS)):
                 source.calibrate(full)
         elif probes:
             self._keep(self._probed(trainer, batch, batch_idx))
@@ -269,9 +261,7 @@ class GradientNoiseMonitor(CallbackBase):
             *sq_norms, sq_norm = itertools.islice(numbers, len(parts.sq_norms) + 1)
             size = sum(parts.sizes)
             self._measured_samples += size
-            self.noise.memory = max(
-                NOISE_MEMORY_UPDATES * size, NOISE_MEMORY_FRACTION * self._measured_samples
-            )
+            self.noise.memory = max(NOISE_MEMORY_UPDATES * size, NOISE_MEMORY_FRACTION * self._measured_samples)
             self.noise.update(sq_norms, parts.sizes, sq_norm)
         self._unread.clear()
         low, high = self.noise.interval(self._confidence)

@@ -68,17 +68,13 @@ class MemoryMonitor(CallbackBase):
         self._resident = [*pl_module.parameters(), *pl_module.buffers()]
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start to measure."""
         self._stop()
         if self._measures is None:
             self._measures = self._can_measure(trainer, pl_module, batch, batch_idx)
         if self._measures:
-            self._samples = (
-                self._batch_size_of(batch) if self._batch_size_of else _lightning.samples_of(trainer, batch)
-            )
+            self._samples = self._batch_size_of(batch) if self._batch_size_of else _lightning.samples_of(trainer, batch)
             self._meter = measure_memory(trainer.strategy.root_device, self._resident)
             self._meter.__enter__()
 

@@ -96,9 +96,7 @@ def make_trainer(model: nn.Module, optimizer: torch.optim.Optimizer, batch_size:
         return SGDTrainer(model, half_mean_square, optimizer, seed=seed, progress=False)
     if batch_size == SAMPLES:
         return FixedBatchTrainer(model, half_mean_square, optimizer, progress=False)
-    return MiniBatchTrainer(
-        model, half_mean_square, optimizer, batch_size=batch_size, seed=seed, progress=False
-    )
+    return MiniBatchTrainer(model, half_mean_square, optimizer, batch_size=batch_size, seed=seed, progress=False)
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,7 @@ def trainer(callbacks: Any = (), **kwargs: Any) -> pl.Trainer:
     return pl.Trainer(callbacks=list(callbacks), **{**options, **kwargs})
 
 
-def fit(
-    model: pl.LightningModule, data: Any, callbacks: Any = (), *, val: Any = None, **kwargs: Any
-) -> pl.Trainer:
+def fit(model: pl.LightningModule, data: Any, callbacks: Any = (), *, val: Any = None, **kwargs: Any) -> pl.Trainer:
     """Seed, train, return the trainer."""
     pl.seed_everything(3, verbose=False)
     with torch.no_grad():

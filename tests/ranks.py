@@ -1,6 +1,6 @@
 """A training run on one or several gloo ranks; started by test_ranks.py, one process per rank.
 
-    python tests/ranks.py OUTPUT_FOLDER OPTIONS_AS_JSON
+python tests/ranks.py OUTPUT_FOLDER OPTIONS_AS_JSON
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Model(pl.LightningModule):
         self.exploded = False
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y, index = batch
-        explosion = self.options.get("explode")
+        x, y, _index = batch
+        explosion: Any = self.options.get("explode")
         boom = explosion and self.trainer.global_rank == explosion["rank"] and self.passes == explosion["pass"]
         self.passes += 1
         if boom and not self.exploded and explosion["place"] == "forward":

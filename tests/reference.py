@@ -25,10 +25,7 @@ def flat_gradient(model: nn.Module, loss: Tensor) -> Array:
 
 def per_example_gradients(model: nn.Module, loss_fn: LossFn, inputs: Tensor, targets: Tensor) -> Array:
     """``[N, P]`` gradients of each sample's own loss, one backward pass each."""
-    rows = [
-        flat_gradient(model, loss_fn(model(inputs[i : i + 1]), targets[i : i + 1]))
-        for i in range(len(inputs))
-    ]
+    rows = [flat_gradient(model, loss_fn(model(inputs[i : i + 1]), targets[i : i + 1])) for i in range(len(inputs))]
     return np.stack(rows)
 
 

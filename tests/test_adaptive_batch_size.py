@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_problems import SAMPLES, Classifier, fit, loader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from adaptive_batch import Measurement
 from adaptive_batch.callbacks import AdaptiveBatchSize
 from adaptive_batch.policies import Constant, Milestones
-from lightning_problems import SAMPLES, Classifier, fit, loader
 
 B0 = 16
 
@@ -114,12 +115,8 @@ class TestExactlyOnce:
         fit(model, loader(num_workers=workers), [callback], max_epochs=3)
         assert [sorted(epoch) for epoch in model.epochs] == [list(range(SAMPLES))] * 3
         sizes = [change.batch_size for change in callback.history.changes]
-        assert any(b > a for a, b in zip(sizes, sizes[1:], strict=False)), (
-            "never grew: the test would be vacuous"
-        )
-        assert any(b < a for a, b in zip(sizes, sizes[1:], strict=False)), (
-            "never shrank: the test would be vacuous"
-        )
+        assert any(b > a for a, b in itertools.pairwise(sizes)), "never grew: the test would be vacuous"
+        assert any(b < a for a, b in itertools.pairwise(sizes)), "never shrank: the test would be vacuous"
 
     def test_workers_are_not_respawned_by_a_resize(self) -> None:
         model = Classifier()
@@ -146,9 +143,7 @@ class TestExactlyOnce:
 class TestAttribution:
     @pytest.mark.parametrize("workers", [0, 2])
     @pytest.mark.parametrize("scheduler", [None, "cosine"])
-    def test_the_learning_rate_follows_the_samples_of_each_update(
-        self, workers: int, scheduler: str | None
-    ) -> None:
+    def test_the_learning_rate_follows_the_samples_of_each_update(self, workers: int, scheduler: str | None) -> None:
         model = Classifier(scheduler)
         callback = resizing(adjust_every=1)
         fit(model, loader(num_workers=workers), [callback], max_epochs=3)
@@ -193,9 +188,7 @@ class TestAttribution:
         callback = resizing()
         made = fit(model, loader(), [callback])
         assert [int(u.batch_size) for u in callback.history.updates] == model.sizes
-        assert [u.lr_scale for u in callback.history.updates] == pytest.approx(
-            [lr / 0.1 for lr in model.used_lr]
-        )
+        assert [u.lr_scale for u in callback.history.updates] == pytest.approx([lr / 0.1 for lr in model.used_lr])
         assert callback.history.updates[-1].samples == 2 * SAMPLES
         for name in (
             "batch_size",
@@ -223,9 +216,7 @@ class TestBooks:
         plain, resized = Classifier(), Classifier()
         val = loader(batch_size=50, shuffle=False)
         fit(plain, loader(), val=val, val_check_interval=fraction, max_epochs=3)
-        callback = AdaptiveBatchSize(
-            random_sizes(1, 4, 40), min_batch_size=4, max_batch_size=40, adjust_every=1
-        )
+        callback = AdaptiveBatchSize(random_sizes(1, 4, 40), min_batch_size=4, max_batch_size=40, adjust_every=1)
         fit(resized, loader(), [callback], val=val, val_check_interval=fraction, max_epochs=3)
         assert len(resized.validated_at) == len(plain.validated_at)
         for due, seen in zip(plain.validated_at, resized.validated_at, strict=True):
@@ -256,9 +247,7 @@ class TestBooks:
 
     def test_schedule_clock_updates_leaves_schedulers_alone(self) -> None:
         model = Classifier("lambda")
-        callback = AdaptiveBatchSize(
-            Constant(64), max_batch_size=64, adjust_every=1, schedule_clock="updates"
-        )
+        callback = AdaptiveBatchSize(Constant(64), max_batch_size=64, adjust_every=1, schedule_clock="updates")
         made = fit(model, loader(), [callback])
         assert made.lr_scheduler_configs[0].scheduler.last_epoch == made.global_step
 
@@ -343,9 +332,7 @@ class TestSplitting:
     def test_a_batch_that_cannot_be_split_is_refused_with_the_entry_named(self) -> None:
         model = Classifier()
         data = loader(collate_fn=lambda items: (*torch.utils.data.default_collate(items)[:3], torch.zeros(3)))
-        with pytest.raises(
-            ValueError, match=r"batch\[3\] has first dimension 3 where the batch has 16 samples"
-        ):
+        with pytest.raises(ValueError, match=r"batch\[3\] has first dimension 3 where the batch has 16 samples"):
             fit(model, data, [AdaptiveBatchSize("constant", micro_batch_size=8)])
 
 

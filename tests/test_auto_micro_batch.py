@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_problems import Classifier, fit, loader
+from lightning_problems import Classifier, Recorded, fit, loader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from adaptive_batch import register_splitter
 from adaptive_batch.callbacks import AdaptiveBatchSize, AutoMicroBatch
@@ -46,9 +49,7 @@ class Endless:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("scheduler", [None, "onecycle"])
-def test_what_fits_is_trained_as_in_plain_lightning_bit_for_bit(
-    accumulate: int, scheduler: str | None
-) -> None:
+def test_what_fits_is_trained_as_in_plain_lightning_bit_for_bit(accumulate: int, scheduler: str | None) -> None:
     runs = []
     for callbacks in ([], [AutoMicroBatch()]):
         model = Classifier(scheduler)
@@ -197,3 +198,46 @@ class TestRefusals:
         model.automatic_optimization = False
         with pytest.raises(ValueError, match="AutoMicroBatch cannot split a batch whose backward pass"):
             fit(model, loader(), [AutoMicroBatch()])
+
+
+class Plain(Classifier):
+    """Trained by two ranks, the second of which has the smaller memory."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.trainer.world_size > 1 and self.global_rank == 1 and len(batch[1]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().training_step(batch, batch_idx)
+
+
+def rank_main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    model = Plain()
+    callback = AutoMicroBatch(verbose=False)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    sampler = DistributedSampler(Recorded(192), num_replicas=2, rank=rank, shuffle=False)
+    data = DataLoader(Recorded(192), 16, sampler=sampler)
+    made = fit(model, data, [callback], devices=2, strategy="ddp", max_epochs=2)
+    torch.save((weights(model), callback.failures), folder / f"{made.global_rank}.pt")
+
+
+def test_ranks_of_which_one_runs_out_of_memory_train_as_one_process(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)],
+        env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (first, none), (second, failures) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert len(failures) == 2 and none == []
+    assert torch.equal(first, second)
+    one = Plain()
+    fit(one, loader(192, 32, shuffle=False), max_epochs=2)
+    torch.testing.assert_close(first, weights(one), rtol=1e-5, atol=1e-6)
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]))

@@ -69,9 +69,7 @@ class Watch(pl.Callback):
         self.epoch_ends: list[int] = []
         self.steps = 0
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.batches.append((batch_idx, trainer.num_training_batches))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -248,9 +246,7 @@ class TestValidation:
 
     @pytest.mark.parametrize("fraction", [1.0, 0.5])
     @pytest.mark.parametrize("limit", [6, 30])
-    def test_val_check_interval_as_a_fraction_of_a_limit_in_batches(
-        self, fraction: float, limit: int
-    ) -> None:
+    def test_val_check_interval_as_a_fraction_of_a_limit_in_batches(self, fraction: float, limit: int) -> None:
         model = train(val_check_interval=fraction, limit_train_batches=limit, max_epochs=4)
         assert model.validated_at == due(model, fraction, limit)
 
@@ -380,9 +376,7 @@ class TestSampleClock:
         made = fit(model, loader(), [resizing()], **{"max_epochs": 3, **options})
         for ours, theirs in zip(made.lr_scheduler_configs, plain_trainer.lr_scheduler_configs, strict=True):
             assert ours.scheduler.last_epoch == theirs.scheduler.last_epoch
-        for a, b in zip(
-            made.optimizers[0].param_groups, plain_trainer.optimizers[0].param_groups, strict=True
-        ):
+        for a, b in zip(made.optimizers[0].param_groups, plain_trainer.optimizers[0].param_groups, strict=True):
             assert a["lr"] == pytest.approx(b["lr"], rel=1e-12)
         assert made.global_step != plain_trainer.global_step
         return model, plain
@@ -493,9 +487,7 @@ class TestOtherClocks:
         for update, phi in zip(callback.history.updates, now, strict=True):
             size = max(update.batch_size, min(B0, 48))
             progress += 1.0 if not phi > 0 else (1 + phi / B0) / (1 + phi / size)
-        assert made.lr_scheduler_configs[0].scheduler.last_epoch == min(
-            4 * BATCHES, math.floor(progress + 1e-6)
-        )
+        assert made.lr_scheduler_configs[0].scheduler.last_epoch == min(4 * BATCHES, math.floor(progress + 1e-6))
 
 
 def total_of(bar: Any) -> float | None:

@@ -154,9 +154,7 @@ class Asked:
 
 def answers(policy: Any, updates: int, **options: Any) -> list[int]:
     """Sizes in force after each question, for a policy asked at every update."""
-    controller = controller_of(
-        policy, lr_scaling="none", **{"adjust_every": 1, "max_batch_size": None, **options}
-    )
+    controller = controller_of(policy, lr_scaling="none", **{"adjust_every": 1, "max_batch_size": None, **options})
     run = Run(controller, jitter=0.0)
     return [(run.step(), run.batch_size)[1] for _ in range(updates)]
 
@@ -180,9 +178,7 @@ class TestGoodputInSimulation:
         updates = [0, *(update for update, _ in run.changes)]
         assert min(np.diff(updates)) >= controller_module.MIN_DWELL
         for decision in decisions(run):
-            assert max(decision.batch_size, decision.previous) == 2 * min(
-                decision.batch_size, decision.previous
-            )
+            assert max(decision.batch_size, decision.previous) == 2 * min(decision.batch_size, decision.previous)
             assert SENTENCE.match(decision.reason), decision.reason
             assert float(decision.reason.split("predicted ")[1].split(" %")[0]) >= 5
 
@@ -267,11 +263,7 @@ class TestHazards:
     def test_a_negative_gradient_norm_is_no_evidence(self, policy):
         def negative(m: Measurement) -> Measurement:
             # The whole's norm is below what the parts' noise alone would leave: |G|^2 < 0, significantly.
-            return (
-                replace(m, part_sq_norms=(9.0, 11.0), sq_norm=3.0 + 0.1 * (m.update % 3))
-                if m.part_sizes
-                else m
-            )
+            return replace(m, part_sq_norms=(9.0, 11.0), sq_norm=3.0 + 0.1 * (m.update % 3)) if m.part_sizes else m
 
         run = Run(controller_of(policy), edit=negative).steps(600)
         assert run.controller.noise.grad_sq_norm < 0
@@ -524,9 +516,7 @@ class TestWhatAPolicySees:
         assert len(reads) == 4
         assert policy.seen[0].loss == 1.0
         numbers = Run(controller_of(Asked(32)), phi=16.0).steps(40)
-        assert tensors.controller.noise.noise_scale == pytest.approx(
-            numbers.controller.noise.noise_scale, rel=1e-3
-        )
+        assert tensors.controller.noise.noise_scale == pytest.approx(numbers.controller.noise.noise_scale, rel=1e-3)
 
     def test_what_nobody_needs_is_not_asked_for(self):
         assert controller_of(Constant()).needs == frozenset()

@@ -647,10 +647,7 @@ def test_in_order_false_is_switched_off_aloud():
 def test_a_distributed_sampler_is_unwrapped_into_the_order_that_it_shares_out():
     data = Numbers(11)
     samplers: list = [DistributedSampler(data, num_replicas=2, rank=r, seed=3) for r in range(2)]
-    loaders = [
-        adapt(DataLoader(data, 2, sampler=sampler), rank=r, world_size=2)
-        for r, sampler in enumerate(samplers)
-    ]
+    loaders = [adapt(DataLoader(data, 2, sampler=sampler), rank=r, world_size=2) for r, sampler in enumerate(samplers)]
     for epoch in range(2):
         for loader in loaders:
             loader.sampler.set_epoch(epoch)  # as Lightning does

@@ -32,9 +32,7 @@ def trace(model: Classifier) -> list[Any]:
 
 
 def same(first: list[Any], second: list[Any]) -> bool:
-    return all(
-        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(first, second, strict=True)
-    )
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(first, second, strict=True))
 
 
 # ------------------------------------------------------------------------------------------ changes nothing
@@ -53,9 +51,7 @@ def same(first: list[Any], second: list[Any]) -> bool:
         ("differenced", "differenced", {}),
     ],
 )
-def test_an_observed_run_is_bitwise_the_unobserved_one(
-    noise: str, expected: str, options: dict[str, Any]
-) -> None:
+def test_an_observed_run_is_bitwise_the_unobserved_one(noise: str, expected: str, options: dict[str, Any]) -> None:
     plain, observed = Classifier("onecycle"), Classifier("onecycle")
     fit(plain, loader(), **options)
     unobserved = trace(plain)
@@ -197,9 +193,7 @@ def test_preconditioned_noise_is_another_quantity() -> None:
 def test_confidence_is_that_of_the_logged_interval() -> None:
     monitor = GradientNoiseMonitor(every=1, confidence=0.5)
     values = logged(fit(Frozen(), loader(), [monitor], max_epochs=4))
-    assert (values["noise_scale_low"], values["noise_scale_high"]) == pytest.approx(
-        monitor.noise.interval(0.5)
-    )
+    assert (values["noise_scale_low"], values["noise_scale_high"]) == pytest.approx(monitor.noise.interval(0.5))
 
 
 def test_nothing_is_identified_before_there_is_evidence() -> None:

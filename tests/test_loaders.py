@@ -65,9 +65,7 @@ def assert_books(model: Classifier, callback: AdaptiveBatchSize) -> None:
     assert any(b < a for a, b in pairwise(sizes)), "never shrank: the test is vacuous"
     ends = [i for i, last in enumerate(model.last_batches) if last]
     lengths = [len(epoch) for epoch in model.epochs]
-    assert [sum(model.sizes[: end + 1]) for end in ends] == [
-        sum(lengths[: i + 1]) for i in range(len(lengths))
-    ]
+    assert [sum(model.sizes[: end + 1]) for end in ends] == [sum(lengths[: i + 1]) for i in range(len(lengths))]
     assert [update.batch_size for update in callback.history.updates] == model.sizes
 
 
@@ -96,13 +94,9 @@ class Unsized(Backwards):
 SAMPLERS: dict[str, Callable[[], Any]] = {
     "sequential": lambda: SequentialSampler(range(SAMPLES)),
     "random": lambda: RandomSampler(range(SAMPLES)),
-    "random_with_a_generator": lambda: RandomSampler(
-        range(SAMPLES), generator=torch.Generator().manual_seed(9)
-    ),
+    "random_with_a_generator": lambda: RandomSampler(range(SAMPLES), generator=torch.Generator().manual_seed(9)),
     "random_with_replacement": lambda: RandomSampler(range(SAMPLES), replacement=True),
-    "random_with_replacement_and_num_samples": lambda: RandomSampler(
-        range(SAMPLES), replacement=True, num_samples=150
-    ),
+    "random_with_replacement_and_num_samples": lambda: RandomSampler(range(SAMPLES), replacement=True, num_samples=150),
     "random_without_replacement_and_num_samples": lambda: RandomSampler(range(SAMPLES), num_samples=300),
     "subset": lambda: SubsetRandomSampler(range(20, 190)),
     "weighted": lambda: WeightedRandomSampler([1.0 + i % 3 for i in range(SAMPLES)], 170),
@@ -194,9 +188,7 @@ class TestBatchSamplers:
         def train(callbacks: list[Any]) -> tuple[Classifier, pl.Trainer]:
             model = Classifier("onecycle")
             data: Any = DataLoader(Recorded(), batch_sampler=Buckets(B0))
-            made = fit(
-                model, data, callbacks, val=loader(batch_size=50, shuffle=False), val_check_interval=0.5
-            )
+            made = fit(model, data, callbacks, val=loader(batch_size=50, shuffle=False), val_check_interval=0.5)
             return model, made
 
         plain, plain_trainer = train([])
@@ -339,9 +331,7 @@ class TestLoaderOptions:
     def test_multiprocessing_context(self, context: str, iterable: bool) -> None:
         data = Own() if iterable else Recorded()
         size = None if iterable else B0
-        model = run(
-            DataLoader(data, size, num_workers=1, multiprocessing_context=context, persistent_workers=True)
-        )
+        model = run(DataLoader(data, size, num_workers=1, multiprocessing_context=context, persistent_workers=True))
         assert_every_sample_once(model)
 
     def test_timeout(self) -> None:
@@ -554,9 +544,7 @@ class TestIterableDatasets:
         self, workers: int
     ) -> None:
         val = loader(batch_size=50, shuffle=False)
-        model = run(
-            DataLoader(Stream(), B0, num_workers=workers), val=val, max_epochs=3, val_check_interval=20
-        )
+        model = run(DataLoader(Stream(), B0, num_workers=workers), val=val, max_epochs=3, val_check_interval=20)
         assert model.validated_at == [SAMPLES, 2 * SAMPLES, 3 * SAMPLES]
 
     @pytest.mark.parametrize("limit", [7, 11])
@@ -564,9 +552,7 @@ class TestIterableDatasets:
     def test_a_limit_in_batches_that_the_data_reaches_or_not(self, limit: int, workers: int) -> None:
         """At the size of the user's own there are 13 batches, at the largest there are 3."""
         val = loader(batch_size=50, shuffle=False)
-        model = run(
-            DataLoader(Stream(), B0, num_workers=workers), val=val, max_epochs=4, limit_train_batches=limit
-        )
+        model = run(DataLoader(Stream(), B0, num_workers=workers), val=val, max_epochs=4, limit_train_batches=limit)
         ends = [i for i, last in enumerate(model.last_batches) if last]
         batches = [b - a for a, b in zip([-1, *ends], ends, strict=False)]
         assert len(model.validated_at) == len(batches) == 4
@@ -590,9 +576,7 @@ class TestIterableDatasets:
             model = Classifier("lambda")
             data = DataLoader(Stream(), B0, num_workers=workers)
             fit(model, data, callbacks, val=loader(batch_size=50, shuffle=False))
-            runs.append(
-                (model.loss_trace, model.used_lr, model.epochs, model.last_batches, model.validated_at)
-            )
+            runs.append((model.loss_trace, model.used_lr, model.epochs, model.last_batches, model.validated_at))
         assert runs[0] == runs[1]
 
     def test_a_schedule_over_data_without_a_length_steps_once_per_reference_size_of_samples(self) -> None:
@@ -759,9 +743,7 @@ class TestBatchSizeOf:
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
     def test_a_count_in_another_unit_than_the_loaders_is_refused(self) -> None:
-        with pytest.raises(
-            ValueError, match="batch_size_of counts 96 in a batch of a loader with batch_size=16"
-        ):
+        with pytest.raises(ValueError, match="batch_size_of counts 96 in a batch of a loader with batch_size=16"):
             fit(Classifier(), loader(), [resizing(batch_size_of=lambda batch: 6 * len(batch[0]))])
 
 
@@ -920,9 +902,7 @@ def check_trainer(case: dict[str, Any], fraction: float) -> None:
     assume(batches > 0)
     if case["drop_last"]:  # larger ones are refused
         case["resizes"] = {update: min(size, total) for update, size in case["resizes"].items()}
-    data = DataLoader(
-        Recorded(samples), size, sampler=order, drop_last=case["drop_last"], num_workers=case["workers"]
-    )
+    data = DataLoader(Recorded(samples), size, sampler=order, drop_last=case["drop_last"], num_workers=case["workers"])
     model = Classifier("lambda", dropout=0.0)
     callback = AdaptiveBatchSize(
         lambda m: case["resizes"].get(m.update - 1, m.batch_size if m.update < 2 else callback.batch_size),
@@ -931,9 +911,7 @@ def check_trainer(case: dict[str, Any], fraction: float) -> None:
         adjust_every=1,
         verbose=False,
     )
-    made = fit(
-        model, data, [callback], val=loader(8, 8, shuffle=False), val_check_interval=fraction, max_epochs=2
-    )
+    made = fit(model, data, [callback], val=loader(8, 8, shuffle=False), val_check_interval=fraction, max_epochs=2)
     for epoch, order_of_epoch in zip(model.epochs, order.passes, strict=True):
         assert epoch == order_of_epoch[: len(epoch)]
         missing = total - len(epoch)
@@ -948,18 +926,14 @@ def check_trainer(case: dict[str, Any], fraction: float) -> None:
 
 @given(cases(samples=80), st.sampled_from([1.0, 0.5, 0.3]))
 @settings(max_examples=60)
-def test_any_trainer_ends_its_epochs_and_validates_where_the_samples_say(
-    case: dict[str, Any], fraction: float
-) -> None:
+def test_any_trainer_ends_its_epochs_and_validates_where_the_samples_say(case: dict[str, Any], fraction: float) -> None:
     check_trainer(case, fraction)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @given(cases(samples=80, workers=(1, 3)), st.sampled_from([1.0, 0.5, 0.3]))
 @settings(max_examples=6)
-def test_any_trainer_with_workers_ends_its_epochs_where_the_samples_say(
-    case: dict[str, Any], fraction: float
-) -> None:
+def test_any_trainer_with_workers_ends_its_epochs_where_the_samples_say(case: dict[str, Any], fraction: float) -> None:
     check_trainer(case, fraction)
 
 

@@ -103,9 +103,7 @@ def test_what_needs_the_noise_stays_as_it_is_and_that_is_said() -> None:
 
 @pytest.mark.filterwarnings("default:an update that does not fit")
 def test_auto_is_switched_off_with_one_warning() -> None:
-    with pytest.warns(
-        UserWarning, match="will not be split: in manual optimization the backward passes"
-    ) as caught:
+    with pytest.warns(UserWarning, match="will not be split: in manual optimization the backward passes") as caught:
         fit(Manual(), loader(), [AdaptiveBatchSize("constant", lr_scaling="none")])
     assert len([w for w in caught if "will not be split" in str(w.message)]) == 1
 

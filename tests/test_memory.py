@@ -395,13 +395,10 @@ def test_freeing_memory_collects_what_only_cycles_hold():
         RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
         RuntimeError(
-            "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a "
-            "non-contiguous input."
+            "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input."
         ),
         RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
-        ),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."),
         RuntimeError("std::bad_alloc"),
         RuntimeError("Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
@@ -750,9 +747,7 @@ def test_sparse_and_nested_tensors_count_with_their_parts():
         torch.sparse.mm(sparse, dense).sum().backward()
     assert m.bytes == sparse._indices().nbytes + sparse._values().nbytes
 
-    nested = torch.nested.nested_tensor(
-        [torch.randn(2, 4), torch.randn(5, 4)], layout=torch.jagged, requires_grad=True
-    )
+    nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(5, 4)], layout=torch.jagged, requires_grad=True)
     with SavedBytes() as m:
         nested.exp().values().sum().backward()
     assert m.bytes >= 7 * 4 * 4
@@ -908,9 +903,7 @@ GPU_PROBLEMS = {"cnn": (convolutions, (3, 32, 32)), "transformer": (encoder, (64
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(("make", "sample_shape"), GPU_PROBLEMS.values(), ids=GPU_PROBLEMS)
-def test_cuda_the_largest_size_is_predicted_within_five_per_cent(
-    small_gpu, make, sample_shape, record_property
-):
+def test_cuda_the_largest_size_is_predicted_within_five_per_cent(small_gpu, make, sample_shape, record_property):
     net = make().to(small_gpu)
     pass_on(small_gpu, net, sample_shape, 1)  # workspaces and handles that stay
     model = MemoryModel()
@@ -920,9 +913,7 @@ def test_cuda_the_largest_size_is_predicted_within_five_per_cent(
         model.update(size, pass_on(small_gpu, net, sample_shape, size))  # fails if a proposal does not fit
         free_memory(small_gpu)
         proposed = min(2 * size, model.largest(device_budget(small_gpu) or 0))
-    predicted = model.largest(
-        (device_budget(small_gpu) or 0) / 0.95
-    )  # without the margin: the truth has none
+    predicted = model.largest((device_budget(small_gpu) or 0) / 0.95)  # without the margin: the truth has none
 
     low, high = size, 2 * predicted
     assert not fits(small_gpu, net, sample_shape, high)

@@ -322,18 +322,14 @@ class TestLimit:
         limit.succeeded(16)
         assert limit.of(16) == 16
 
-    def test_batches_that_fit_into_the_limit_say_nothing_about_it(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_batches_that_fit_into_the_limit_say_nothing_about_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         limit = self.limit(monkeypatch)
         limit.failed(16)
         for _ in range(100):
             limit.succeeded(8)
         assert limit.learned == 8
 
-    def test_each_attempt_that_fails_waits_twice_as_long_for_the_next(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_each_attempt_that_fails_waits_twice_as_long_for_the_next(self, monkeypatch: pytest.MonkeyPatch) -> None:
         limit = self.limit(monkeypatch)
         limit.failed(32)
         limit.failed(16)  # the same batch again: not an attempt to grow

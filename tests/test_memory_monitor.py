@@ -36,9 +36,7 @@ class Plain(Classifier):
 
 
 def batches(*sizes: int) -> DataLoader[Any]:
-    rows: Any = [
-        (torch.randn(n, 8), torch.randint(0, 2, (n,)), torch.zeros(n), torch.zeros(n)) for n in sizes
-    ]
+    rows: Any = [(torch.randn(n, 8), torch.randint(0, 2, (n,)), torch.zeros(n), torch.zeros(n)) for n in sizes]
     return DataLoader(rows, batch_size=None)
 
 
@@ -97,9 +95,7 @@ def test_of_a_batch_in_parts_the_largest_counts(order: int) -> None:
 
 def test_beside_a_batch_size_that_grows_it_follows() -> None:
     monitor, trace = MemoryMonitor(), Trace()
-    callback = AdaptiveBatchSize(
-        Milestones({3: 32, 6: 64}, unit="updates"), max_batch_size=64, adjust_every=1
-    )
+    callback = AdaptiveBatchSize(Milestones({3: 32, 6: 64}, unit="updates"), max_batch_size=64, adjust_every=1)
     fit(Classifier(), loader(), [callback, monitor, trace], max_epochs=2)
     assert {16, 32, 64} <= set(monitor.model.measured)
     grown = next(row for row in trace.rows if row["batch_size"] == 64)
@@ -115,9 +111,7 @@ def test_torch_func_is_left_alone_with_one_warning() -> None:
     monitor = MemoryMonitor()
     plain, monitored = Func(), Func()
     fit(plain, batches(10, 20), max_epochs=2)
-    with pytest.warns(
-        UserWarning, match="MemoryMonitor measures nothing here: training_step uses torch.func"
-    ):
+    with pytest.warns(UserWarning, match="MemoryMonitor measures nothing here: training_step uses torch.func"):
         fit(monitored, batches(10, 20), [monitor], max_epochs=2)
     assert monitor.model.measured == []
 

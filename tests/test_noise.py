@@ -72,9 +72,7 @@ class NoisyQuadratic:
     grad_variance = float(c.sum())
 
     @classmethod
-    def draw(
-        cls, rng: np.random.Generator, updates: int, sizes: Sequence[int], theta: float = theta
-    ) -> Norms:
+    def draw(cls, rng: np.random.Generator, updates: int, sizes: Sequence[int], theta: float = theta) -> Norms:
         b = np.array(sizes, dtype=float)[:, None]
         parts = cls.h * theta + rng.standard_normal((updates, len(b), cls.d)) * np.sqrt(cls.c / b)
         whole = (parts * b).sum(1) / b.sum()
@@ -152,9 +150,7 @@ def test_lists_arrays_and_tensors_give_the_same_estimate() -> None:
         ([3.0, 3.0], [4, 4], math.inf),
     ],
 )
-def test_updates_that_say_nothing_are_nan_and_skipped(
-    norms: list[float], sizes: list[int], whole: float
-) -> None:
+def test_updates_that_say_nothing_are_nan_and_skipped(norms: list[float], sizes: list[int], whole: float) -> None:
     assert all(map(math.isnan, two_batch_estimate(norms, sizes, whole)))
     scale = GradientNoiseScale()
     scale.update([3.0, 3.0], [4, 4], 2.0)
@@ -262,9 +258,7 @@ def test_an_update_much_larger_than_the_memory_leaves_only_itself() -> None:
 
 
 def test_reset_forgets_everything_but_the_memory() -> None:
-    scale = feed(
-        GradientNoiseScale(memory=500), NoisyQuadratic.draw(np.random.default_rng(7), 9, [8, 8]), [8, 8]
-    )
+    scale = feed(GradientNoiseScale(memory=500), NoisyQuadratic.draw(np.random.default_rng(7), 9, [8, 8]), [8, 8])
     scale.update([1.0], [4], 1.0)
     scale.reset()
     assert scale.state_dict() == GradientNoiseScale(memory=500).state_dict()
@@ -344,9 +338,7 @@ def test_interval_covers_across_a_resize() -> None:
     assert 0.93 <= coverage(NoisyQuadratic, plan, memory=20_000, runs=1_000) <= 0.97
 
 
-def coverage(
-    problem: Problem, plan: list[tuple[int, list[int]]], memory: float, runs: int, seed: int = 10
-) -> float:
+def coverage(problem: Problem, plan: list[tuple[int, list[int]]], memory: float, runs: int, seed: int = 10) -> float:
     """Share of ``runs`` whose 95 % interval contains the noise scale; ``plan``: updates and their parts."""
     rng = np.random.default_rng(seed)
     truth = problem.grad_variance / problem.grad_sq_norm
@@ -430,9 +422,7 @@ def test_fieller_has_no_upper_end_when_the_denominator_may_be_zero() -> None:
         pytest.param((-60.0, 5.0), (0.0, 0.0), id="ratio-negative"),
     ],
 )
-def test_fieller_keeps_to_ratios_that_can_be(
-    means: tuple[float, float], expected: tuple[float, float]
-) -> None:
+def test_fieller_keeps_to_ratios_that_can_be(means: tuple[float, float], expected: tuple[float, float]) -> None:
     # With these variances and t = 2, zero is excluded for a numerator beyond 4 and a denominator beyond 1.
     assert fieller_interval(np.array(means), np.diag([4.0, 0.25]), 2.0) == expected
 
@@ -477,9 +467,7 @@ def test_digits_network_agrees_with_all_1797_per_example_gradients() -> None:
     norms = gram_norms(gradients @ gradients.T, drawn, parts=8)
 
     # What backward passes over the parts give is what these norms are.
-    parts = [
-        flat_gradient(model, nn.functional.cross_entropy(model(x[i]), y[i])) for i in drawn[0].reshape(8, 8)
-    ]
+    parts = [flat_gradient(model, nn.functional.cross_entropy(model(x[i]), y[i])) for i in drawn[0].reshape(8, 8)]
     np.testing.assert_allclose([(g**2).sum() for g in parts], norms[0][0], rtol=1e-9)
     assert part_norms([gradients[i] for i in drawn[0].reshape(8, 8)])[2] == pytest.approx(norms[1][0])
 
@@ -546,9 +534,7 @@ def test_state_of_an_unused_scale_can_be_loaded() -> None:
 def test_malformed_state_is_refused_and_changes_nothing(key: str, value: object) -> None:
     scale = feed(GradientNoiseScale(), NoisyQuadratic.draw(np.random.default_rng(16), 3, [8, 8]), [8, 8])
     before = scale.state_dict()
-    good = feed(
-        GradientNoiseScale(memory=77), NoisyQuadratic.draw(np.random.default_rng(17), 5, [8, 8]), [8, 8]
-    )
+    good = feed(GradientNoiseScale(memory=77), NoisyQuadratic.draw(np.random.default_rng(17), 5, [8, 8]), [8, 8])
     with pytest.raises(ValueError, match=r"pass|load what state_dict\(\) returned"):
         scale.load_state_dict({**good.state_dict(), key: value})
     assert scale.state_dict() == before

@@ -108,9 +108,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: torch.randn(6, 3, 30),
     ),
     "two sequence dimensions": (
-        lambda: nn.Sequential(
-            nn.Linear(5, 8), nn.LayerNorm((2, 8)), nn.RMSNorm(8), nn.Linear(8, 3, bias=False)
-        ),
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm((2, 8)), nn.RMSNorm(8), nn.Linear(8, 3, bias=False)),
         lambda: torch.randn(6, 3, 2, 5),
     ),
     "conv1d": (
@@ -337,9 +335,7 @@ def test_layers_that_are_not_known_are_refused_by_name(model: nn.Module, names: 
 def test_equivalent_sample_has_the_estimates_of_all_its_parts() -> None:
     norms, sizes, whole = [3.0, 2.5, 4.0], [5, 3, 1], 2.0
     expected = two_batch_estimate(norms, sizes, whole)
-    assert numbers(equivalent_sample(sum(norms) / 3, harmonic_mean(sizes), whole, 9)) == pytest.approx(
-        expected
-    )
+    assert numbers(equivalent_sample(sum(norms) / 3, harmonic_mean(sizes), whole, 9)) == pytest.approx(expected)
 
 
 def test_a_single_part_says_nothing() -> None:

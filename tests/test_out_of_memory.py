@@ -10,10 +10,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torchmetrics
+from lightning_problems import Classifier, fit, loader
 from torch import Tensor, nn
 
 from adaptive_batch.callbacks import AdaptiveBatchSize
-from lightning_problems import Classifier, fit, loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:net.1 .BatchNorm1d. looks across the batch")
 
@@ -26,9 +26,7 @@ class Delicate(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2)
-        )
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
         self.mean = torchmetrics.MeanMetric()
         self.total = torchmetrics.SumMetric()
         self.generator = torch.Generator().manual_seed(5)

@@ -73,9 +73,7 @@ def test_each_part_has_the_norm_of_its_own_mean_gradient(sparse, scale):
     model, parts = Tied(sparse=sparse), tokens()
     norms = measured(model, parts, scale)
     assert norms.sizes == SIZES
-    torch.testing.assert_close(
-        torch.stack(norms.sq_norms), torch.tensor([true_sq_norm(model, part) for part in parts])
-    )
+    torch.testing.assert_close(torch.stack(norms.sq_norms), torch.tensor([true_sq_norm(model, part) for part in parts]))
     assert whole_sq_norm(model.parameters()) / scale**2 == pytest.approx(
         true_sq_norm(model, torch.cat(parts)), rel=1e-5
     )

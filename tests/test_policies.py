@@ -207,9 +207,7 @@ def test_constant_refuses_an_empty_batch():
 # Milestones
 
 
-@pytest.mark.parametrize(
-    ("unit", "field"), [("epochs", "epoch"), ("updates", "update"), ("samples", "samples")]
-)
+@pytest.mark.parametrize(("unit", "field"), [("epochs", "epoch"), ("updates", "update"), ("samples", "samples")])
 def test_milestones_hold_from_their_position_on(unit, field):
     policy = Milestones({10: 128, 5: 64}, unit=unit)
     sizes = {x: policy.propose(measurement(**{field: x})) for x in (0, 4, 5, 9, 10, 1000)}

@@ -40,9 +40,7 @@ def run(folder: Path, world: int, **options: Any) -> list[dict[str, Any]]:
         }
         command = [sys.executable, "tests/ranks.py", str(folder), json.dumps({**BASE, **options})]
         root = Path(__file__).parent.parent
-        processes.append(
-            subprocess.Popen(command, env=environment, cwd=root, stderr=subprocess.PIPE, text=True)
-        )
+        processes.append(subprocess.Popen(command, env=environment, cwd=root, stderr=subprocess.PIPE, text=True))
     errors = []
     try:
         for process in processes:
@@ -123,7 +121,7 @@ def test_unused_parameters_stay_unused(tmp_path: Path) -> None:
 def test_the_ranks_are_the_parts_of_the_noise_estimate(tmp_path: Path) -> None:
     ranks = run(tmp_path / "ranks", 2, policy="goodput", epochs=6)
     assert ranks[0]["noise"] == ranks[1]["noise"]
-    sq_norm, variance, measurements = ranks[0]["noise"]
+    _, variance, measurements = ranks[0]["noise"]
     assert measurements > 20
     (one,) = run(tmp_path / "one", 1, policy="constant", lr_scaling="none", epochs=6)
     assert variance > 0

@@ -113,16 +113,12 @@ def test_a_sum_and_a_mean_are_told_apart() -> None:
 
 
 def test_the_parameter_that_changes_most_is_named() -> None:
-    with pytest.raises(
-        ValueError, match=r"changes by \d+\.\d% of its norm, most in net\.\d\.\w+ \(\d+\.\d%\), net"
-    ):
+    with pytest.raises(ValueError, match=r"changes by \d+\.\d% of its norm, most in net\.\d\.\w+ \(\d+\.\d%\), net"):
         check(Contrastive())
 
 
 def test_a_step_that_draws_random_numbers_itself_cannot_be_compared() -> None:
-    with pytest.warns(
-        UserWarning, match="self_check could compare nothing: training_step draws random numbers"
-    ):
+    with pytest.warns(UserWarning, match="self_check could compare nothing: training_step draws random numbers"):
         check(Noisy())
 
 

@@ -178,9 +178,7 @@ class TestGradients:
         assert relative(weights(split[0]), weights(plain[0])) < 1e-9
         assert_logs_equal(plain[0].trace, split[0].trace, 2 * FLOAT32)
 
-    @pytest.mark.parametrize(
-        ("precision", "rounding"), [("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)]
-    )
+    @pytest.mark.parametrize(("precision", "rounding"), [("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)])
     def test_mixed_precision(self, precision: Any, rounding: torch.dtype) -> None:
         def plugins() -> list[Any]:
             scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14) if precision == "16-mixed" else None
@@ -206,11 +204,7 @@ class TestGradients:
         fit(reference, data(), max_epochs=0)
         x, y = data().dataset.tensors  # type: ignore[attr-defined]
         loss: Any = (
-            5
-            / 16
-            * sum(
-                nn.functional.cross_entropy(reference.net(x[s]), y[s]) for s in (slice(6, 11), slice(11, 16))
-            )
+            5 / 16 * sum(nn.functional.cross_entropy(reference.net(x[s]), y[s]) for s in (slice(6, 11), slice(11, 16)))
         )
         loss.backward()
         assert relative(model.gradients[0], gradient_of(reference)) < FLOAT32
@@ -313,9 +307,7 @@ class Logs(Module):
 class TestLogs:
     def test_every_kind_of_logged_value(self) -> None:
         plain, split = both(Logs)
-        assert {"both_step", "both_epoch", "highest", "sum_of_losses_epoch", "grad_norm"} <= set(
-            plain[0].trace[-1]
-        )
+        assert {"both_step", "both_epoch", "highest", "sum_of_losses_epoch", "grad_norm"} <= set(plain[0].trace[-1])
         assert any(key.startswith("bar/") for key in plain[0].trace[0])
         assert_equal(plain, split)
 
@@ -361,9 +353,7 @@ class TestLogs:
             logger = CSVLogger(tmp_path, name=name)
             fit(Logs(), data(), callbacks, logger=logger, log_every_n_steps=1, max_epochs=2)
             with open(Path(logger.log_dir) / "metrics.csv") as file:
-                rows.append(
-                    [{k: v for k, v in row.items() if "adaptive" not in k} for row in csv.DictReader(file)]
-                )
+                rows.append([{k: v for k, v in row.items() if "adaptive" not in k} for row in csv.DictReader(file)])
         assert len(rows[0]) == len(rows[1]) > 8
         for before, after in zip(*rows, strict=True):
             assert {k: float(v) for k, v in after.items() if v} == pytest.approx(
@@ -484,9 +474,7 @@ class Measured(Module):
         super().on_train_epoch_end()
         cat = self.cat.compute()
         self.cat.reset()
-        self.read.append(
-            {"cat": float(cat.sum()), "rows": float(len(cat)), "unused": float(self.unused.mean_value)}
-        )
+        self.read.append({"cat": float(cat.sum()), "rows": float(len(cat)), "unused": float(self.unused.mean_value)})
 
 
 @pytest.mark.filterwarnings("ignore:No positive samples in targets")  # of an area under a part's curve

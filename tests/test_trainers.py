@@ -400,19 +400,13 @@ def test_resizing_up_and_down_delivers_every_sample_once_and_scales_by_the_actua
     np.testing.assert_allclose(weights(model), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("nominal", "counted"), [(16, 8), (4, 4), (8, 8)], ids=["above B0", "below B0", "at B0"]
-)
-def test_the_tail_counts_as_the_reference_size_at_most_and_the_nominal_size_at_most(
-    nominal: int, counted: int
-) -> None:
+@pytest.mark.parametrize(("nominal", "counted"), [(16, 8), (4, 4), (8, 8)], ids=["above B0", "below B0", "at B0"])
+def test_the_tail_counts_as_the_reference_size_at_most_and_the_nominal_size_at_most(nominal: int, counted: int) -> None:
     samples = 8 + 2 * nominal + 3  # one batch of B0, two of the nominal size and a tail of 3
     model = Spy()
     optimizer = LRRecorder(model.parameters(), lr=0.01)
     control = controller(Milestones({0: nominal}, unit="updates"))
-    history = quiet(MiniBatchTrainer, model, optimizer, batch_size=8, controller=control).fit(
-        numbered(samples)
-    )
+    history = quiet(MiniBatchTrainer, model, optimizer, batch_size=8, controller=control).fit(numbered(samples))
     assert history.column("batch_size") == [8, nominal, nominal, 3]
     np.testing.assert_allclose(optimizer.used, [0.01 * n / 8 for n in (8, nominal, nominal, counted)])
 
@@ -619,9 +613,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(micro: int) -> None:
     x, y = problem()
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
     expected = flat_gradient(model, half_square(model(torch.from_numpy(x)), torch.from_numpy(y)))
-    trainer = quiet(
-        MiniBatchTrainer, model, sgd(model, lr=0.0), batch_size=SAMPLES, micro_batch_size=micro, seed=0
-    )
+    trainer = quiet(MiniBatchTrainer, model, sgd(model, lr=0.0), batch_size=SAMPLES, micro_batch_size=micro, seed=0)
     history = trainer.fit((x, y))
     gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]).numpy()
     np.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-12)
@@ -639,9 +631,7 @@ def test_the_loss_of_an_update_is_the_mean_over_its_samples_however_it_is_split(
     x, y = problem()
     losses = []
     for micro in (None, 2):
-        trainer = quiet(
-            MiniBatchTrainer, linear(), sgd(linear()), batch_size=10, micro_batch_size=micro, seed=1
-        )
+        trainer = quiet(MiniBatchTrainer, linear(), sgd(linear()), batch_size=10, micro_batch_size=micro, seed=1)
         losses.append(trainer.fit((x, y)).column("loss"))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
     # Frozen weights (another model is stepped): the epoch's mean is the mean over all samples.

@@ -38,14 +38,10 @@ class AdamMomentsSource:
 
     def __init__(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, Adam):
-            raise ValueError(
-                f"{type(optimizer).__name__} keeps no moments as Adam does; choose another noise source."
-            )
+            raise ValueError(f"{type(optimizer).__name__} keeps no moments as Adam does; choose another noise source.")
         betas = {tuple(map(float, group["betas"])) for group in optimizer.param_groups}
         if len(betas) > 1:
-            raise ValueError(
-                f"the parameter groups have different betas {sorted(betas)}; choose another noise source."
-            )
+            raise ValueError(f"the parameter groups have different betas {sorted(betas)}; choose another noise source.")
         for group in optimizer.param_groups:
             if group["weight_decay"] and not group.get("decoupled_weight_decay"):
                 raise ValueError(

@@ -26,9 +26,7 @@ def harmonic_mean(sizes: Sequence[float]) -> float:
     return len(sizes) / sum(1.0 / size for size in sizes)
 
 
-def two_batch_estimate(
-    part_sq_norms: Numbers, part_sizes: Numbers, sq_norm: float | Tensor
-) -> tuple[float, float]:
+def two_batch_estimate(part_sq_norms: Numbers, part_sizes: Numbers, sq_norm: float | Tensor) -> tuple[float, float]:
     """``|G|^2`` and ``tr(Sigma)`` from the gradients of the parts of one update.
 
     The mean gradient of ``b`` samples has ``E|g_b|^2 = |G|^2 + tr(Sigma) / b``. The parts give this at

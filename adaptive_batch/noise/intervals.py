@@ -31,9 +31,7 @@ def student_t_quantile(confidence: float, dof: float) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} is not a probability between 0 and 1; pass 0.95, say.")
     if not 1 <= dof < math.inf:
-        raise ValueError(
-            f"dof={dof} is not a finite number of degrees of freedom from 1 on; pass at least 1."
-        )
+        raise ValueError(f"dof={dof} is not a finite number of degrees of freedom from 1 on; pass at least 1.")
     log_constant = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)
     constant = 2 / math.sqrt(math.pi) * math.exp(log_constant)
     angle = 0.0

@@ -335,8 +335,7 @@ class PerExampleNorms:
         self.sizes: list[int] = []
         self._forget()
         self._handles = [
-            layer.register_forward_hook(partial(self._forward, rule), with_kwargs=True)
-            for layer, rule in self._layers
+            layer.register_forward_hook(partial(self._forward, rule), with_kwargs=True) for layer, rule in self._layers
         ]
         for p in self.parameters:
             hook = partial(self._backward, p)
@@ -405,13 +404,9 @@ class PerExampleNorms:
         self._forget()
         for key, term in found.items():
             if len(term) != size:
-                problem = (
-                    f"{self._names[key]}: its layer saw {len(term)} rows where the batch has {size} samples"
-                )
+                problem = f"{self._names[key]}: its layer saw {len(term)} rows where the batch has {size} samples"
         if problem is not None:
-            raise Unmeasurable(
-                f'per-example norms failed at {problem}; use noise="probe" or noise="micro_batches".'
-            )
+            raise Unmeasurable(f'per-example norms failed at {problem}; use noise="probe" or noise="micro_batches".')
         self._verified.update(found)  # only now: a batch that is refused proves nothing
         terms = list(found.values()) or [torch.zeros(size)]
         total = torch.stack([term.to(terms[0].device) for term in terms]).sum(0)

@@ -36,9 +36,7 @@ class AdamMetric:
             )
         self._optimizer = optimizer
         self._options = {
-            id(p): (group["betas"][1], group["eps"])
-            for group in optimizer.param_groups
-            for p in group["params"]
+            id(p): (group["betas"][1], group["eps"]) for group in optimizer.param_groups for p in group["params"]
         }
 
     @property

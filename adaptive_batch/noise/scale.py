@@ -190,8 +190,7 @@ class GradientNoiseScale:
         skipped = _checked_count("skipped", state["skipped"])
         if measurements < len(blocks) or (measurements > 0 and len(blocks) == 0):
             raise ValueError(
-                f"{measurements} measurements cannot lie in {len(blocks)} blocks; "
-                "load what state_dict() returned."
+                f"{measurements} measurements cannot lie in {len(blocks)} blocks; load what state_dict() returned."
             )
         self.memory, self._blocks = memory, blocks
         self._measurements, self._skipped = measurements, skipped

@@ -161,8 +161,7 @@ def choose_source(module: nn.Module, *, batches: int = 1, ranks: int = 1, metric
 def is_compiled(module: nn.Module) -> bool:
     """Whether any part of the module runs as a compiled graph, in which hooks on layers may not be called."""
     return getattr(module, "_compiler_ctx", None) is not None or any(  # Lightning's mark
-        layer._compiled_call_impl is not None or type(layer).__name__ == "OptimizedModule"
-        for layer in module.modules()
+        layer._compiled_call_impl is not None or type(layer).__name__ == "OptimizedModule" for layer in module.modules()
     )
 
 
@@ -328,9 +327,7 @@ def _sq_norm(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors))).square().sum()
 
 
-def make_source(
-    name: str, module: nn.Module, optimizer: Optimizer, metric: Metric | None = None
-) -> NoiseSource:
+def make_source(name: str, module: nn.Module, optimizer: Optimizer, metric: Metric | None = None) -> NoiseSource:
     """The source of that name over the optimizer's parameters; ``"probe"`` is the callbacks' own.
 
     Raises:
@@ -339,9 +336,7 @@ def make_source(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if metric is not None and name in ("per_example", "norm_layers", "adam_moments"):
-        raise ValueError(
-            f'noise="{name}" has no norms in another metric; use "probe", or preconditioned=False.'
-        )
+        raise ValueError(f'noise="{name}" has no norms in another metric; use "probe", or preconditioned=False.')
     if name == "per_example":
         return PerExampleSource(module)
     if name == "norm_layers":

@@ -102,9 +102,7 @@ def resolve_policy(policy: str | Policy | Callable[[Measurement], float]) -> Pol
 
 def _named(name: str) -> Policy:
     if name in _WITH_ARGUMENTS:
-        raise ValueError(
-            f"policy={name!r} needs arguments: pass {_WITH_ARGUMENTS[name].__name__}(...) itself."
-        )
+        raise ValueError(f"policy={name!r} needs arguments: pass {_WITH_ARGUMENTS[name].__name__}(...) itself.")
     if name not in _BY_NAME:
         raise ValueError(f"policy={name!r} is not a known policy: use one of {', '.join(sorted(_BY_NAME))}.")
     return _BY_NAME[name]()

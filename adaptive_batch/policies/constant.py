@@ -20,9 +20,7 @@ class Constant:
 
     def __init__(self, batch_size: int | None = None) -> None:
         if batch_size is not None and not batch_size >= 1:
-            raise ValueError(
-                f"batch_size={batch_size} is below 1 sample: pass a size, or None for the reference."
-            )
+            raise ValueError(f"batch_size={batch_size} is below 1 sample: pass a size, or None for the reference.")
         self.batch_size = batch_size
 
     def propose(self, measurement: Measurement) -> float:

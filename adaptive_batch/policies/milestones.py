@@ -48,9 +48,7 @@ class Milestones:
             if not 0 <= position < math.inf:
                 raise ValueError(f"milestones has the position {position}: pass a finite number from 0 on.")
             if unit == "epochs" and position != int(position):
-                raise ValueError(
-                    f'milestones has the epoch {position}: use whole epochs, or unit="samples" for less.'
-                )
+                raise ValueError(f'milestones has the epoch {position}: use whole epochs, or unit="samples" for less.')
             if not size >= 1:
                 raise ValueError(f"milestones has the size {size} at {position}: pass at least 1 sample.")
         self.milestones = dict(sorted(milestones.items()))

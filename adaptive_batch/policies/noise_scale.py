@@ -33,16 +33,12 @@ class NoiseScale:
     name = "noise_scale"
     needs: frozenset[str] = frozenset({"noise"})
 
-    def __init__(
-        self, multiplier: float = 1.0, *, overhead_ratio: float | Literal["measured"] | None = None
-    ) -> None:
+    def __init__(self, multiplier: float = 1.0, *, overhead_ratio: float | Literal["measured"] | None = None) -> None:
         if not 0 < multiplier < math.inf:
             raise ValueError(f"multiplier={multiplier} gives no size: pass a positive number.")
         if isinstance(overhead_ratio, str):
             if overhead_ratio != "measured":
-                raise ValueError(
-                    f'overhead_ratio={overhead_ratio!r} is not known: pass samples, "measured" or None.'
-                )
+                raise ValueError(f'overhead_ratio={overhead_ratio!r} is not known: pass samples, "measured" or None.')
             self.needs = frozenset({"noise", "step_time"})
         elif overhead_ratio is not None and not 0 < overhead_ratio < math.inf:
             raise ValueError(f"overhead_ratio={overhead_ratio} gives no size: pass a positive number.")
