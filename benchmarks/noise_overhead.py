@@ -1,11 +1,11 @@
 """What each source of the gradient noise costs per update, beside plain Lightning, as ratios in one run.
 
-Every second update of a run is measured, and its time compared with that of its neighbours; runs alternate with
-plain ones, which gives the cost of a monitor that only waits. From the two follows what a run pays that measures
-at the default rate: ``3 sqrt(u)`` of ``u`` updates, ``sqrt(u)`` by probes. Times are the processor's, on one
-thread, so that other work on the machine does not count.
+Within each run the monitor is taken away and brought back from one update to the next, and the medians of the
+two kinds of updates are compared: with a monitor that never measures, and with one that always does. From the
+two follows what a run of 1000 and of 10 000 updates pays that measures at the default rate: ``3 sqrt(u)`` of
+``u`` updates, ``sqrt(u)`` by probes. Times are the processor's, on one thread.
 
-    python benchmarks/noise_overhead.py [--pairs 5] [--updates 200]
+    python benchmarks/noise_overhead.py [--runs 3] [--updates 200]
 """
 
 from __future__ import annotations
@@ -92,30 +92,39 @@ def transformer() -> tuple[nn.Module, Tensor]:
     return Transformer(), torch.randint(0, 64, (1024, 64))
 
 
-class Times(pl.Callback):
-    """Seconds of each update, from the end of one to the end of the next."""
+class Switch(pl.Callback):
+    """Takes the monitor away and brings it back every ``block`` updates, and times the updates of both kinds."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, monitor: pl.Callback, block: int, skip: int) -> None:
+        self.monitor = monitor
+        self.block = block
+        self.left = skip
         self.steps = 0
+        self.started = math.nan
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step > self.steps:
-            self.steps = trainer.global_step
-            self.ends.append(time.process_time())
-
-    @property
-    def seconds(self) -> list[float]:
-        """Of the second update and those after it."""
-        return [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
+        if trainer.global_step == self.steps:
+            return  # a batch within an update
+        self.steps, now = trainer.global_step, time.process_time()
+        if self.left > 0:
+            self.left -= 1
+        elif not math.isnan(self.started) and self.steps % self.block == 0:
+            present = self.monitor in trainer.callbacks  # type: ignore[attr-defined]
+            self.seconds[present].append((now - self.started) / self.block)
+            others = [c for c in trainer.callbacks if c is not self.monitor]  # type: ignore[attr-defined]
+            trainer.callbacks = others if present else [self.monitor, *others]  # type: ignore[attr-defined]
+        if self.steps % self.block == 0:
+            self.started = time.process_time()
 
 
 class Variant(NamedTuple):
-    """A source, and the batches that an update of its runs is made of."""
+    """A source, the batches that an update of its runs is made of, and how often it measures."""
 
     source: str
     accumulate: int = 1
     rate: float = 3.0
+    block: int = 1
 
 
 VARIANTS = [
@@ -124,47 +133,42 @@ VARIANTS = [
     Variant("norm_layers"),
     Variant("probe", rate=1.0),
     Variant("differenced"),
-    Variant("adam_moments"),
+    Variant("adam_moments", block=41),  # two windows in a row, as every update is the same to it
 ]
 
 
-def run(
-    make: Callable[[], tuple[nn.Module, Tensor]], updates: int, accumulate: int, *callbacks: pl.Callback
-) -> list[float]:
-    """Seconds of the updates of one run, the first ones left out."""
+def cost(
+    make: Callable[[], tuple[nn.Module, Tensor]], variant: Variant, every: int, updates: int
+) -> tuple[float, float]:
+    """Seconds of a plain update, and the ratio of one beside the monitor to it."""
     torch.manual_seed(0)
     net, x = make()
     data = DataLoader(TensorDataset(x, torch.randint(0, 10, (len(x),))), BATCH_SIZE, shuffle=True)
-    times = Times()
+    monitor = GradientNoiseMonitor(noise=variant.source, every=every)
+    switch = Switch(monitor, variant.block, skip=updates // 10)
     trainer = pl.Trainer(
         max_steps=updates, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=accumulate,
-        callbacks=[*callbacks, times],
+        enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=variant.accumulate,
+        callbacks=[monitor, switch],
     )  # fmt: skip
     trainer.fit(Model(net), data)
-    return times.seconds[updates // 10 :]
+    plain = statistics.median(switch.seconds[False])
+    return plain, statistics.median(switch.seconds[True]) / plain
 
 
-def compare(make: Callable[[], tuple[nn.Module, Tensor]], variant: Variant, pairs: int, updates: int) -> None:
+def compare(make: Callable[[], tuple[nn.Module, Tensor]], variant: Variant, runs: int, updates: int) -> None:
     """Print one line."""
-    waiting, measured = [], []
-    for _ in range(pairs):
-        plain = run(make, updates, variant.accumulate)
-        idle = GradientNoiseMonitor(noise=variant.source, every=10**9)
-        waiting.append(statistics.median(run(make, updates, variant.accumulate, idle)) / statistics.median(plain))
-        seen = run(make, updates, variant.accumulate, GradientNoiseMonitor(noise=variant.source, every=2))
-        # Recorded from the second update on: of those after a tenth of the run, which are measured?
-        odd, even = statistics.median(seen[::2]), statistics.median(seen[1::2])
-        measured.append(max(odd, even) / min(odd, even))
-    wait, cost = statistics.median(waiting) - 1, statistics.median(measured) - 1
-    if variant.source == "adam_moments":
-        amortised = [f"{wait:.1%}"] * 2  # every update is the same to it
-        cost = math.nan
-    else:
-        amortised = [f"{wait + cost * variant.rate / math.sqrt(u):.1%}" for u in (1_000, 10_000)]
+    updates *= 4 if variant.block > 1 else 1
+    idle = [cost(make, variant, 10**9, updates) for _ in range(runs)]
+    busy = [cost(make, variant, 1, updates) for _ in range(runs)]
+    waiting = statistics.median(ratio for _, ratio in idle) - 1
+    measured = statistics.median(ratio for _, ratio in busy) - 1
+    shares = [min(1.0, variant.rate / math.sqrt(u)) if variant.block == 1 else 1.0 for u in (1_000, 10_000)]
+    amortised = [waiting + share * (measured - waiting) for share in shares]
+    plain = statistics.median(seconds for seconds, _ in idle)
     print(
-        f"{make.__name__:<13}{variant.source:<15}{1e3 * statistics.median(plain):>8.2f} ms{wait:>9.1%}"
-        f"{cost:>11.0%}{amortised[0]:>14}{amortised[1]:>14}",
+        f"{make.__name__:<13}{variant.source:<15}{1e3 * plain:>8.2f} ms{waiting:>9.1%}{measured:>11.1%}"
+        f"{amortised[0]:>12.1%}{amortised[1]:>12.1%}",
         flush=True,
     )
 
@@ -172,17 +176,17 @@ def compare(make: Callable[[], tuple[nn.Module, Tensor]], variant: Variant, pair
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--updates", type=int, default=200)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    print(f"{'model':<13}{'source':<15}{'plain':>11}{'waiting':>9}{'measured':>11}{'of 1000':>14}{'of 10 000':>14}")
+    print(f"{'model':<13}{'source':<15}{'plain':>11}{'waiting':>9}{'measured':>11}{'of 1000':>12}{'of 10 000':>12}")
     for make, updates in ((mlp, 5), (cnn, 1), (transformer, 1)):
         for variant in VARIANTS:
             if variant.source != "norm_layers" or make is transformer:
-                compare(make, variant, arguments.pairs, updates * arguments.updates)
+                compare(make, variant, arguments.runs, updates * arguments.updates)
 
 
 if __name__ == "__main__":

@@ -436,9 +436,8 @@ class AdaptiveBatchSize(CallbackBase):
             self._rows, self._drawn = self._local_samples, size
         if self._before == 0 and not draw.last and not draw.nominal / 4 <= size <= draw.nominal * 4:
             raise ValueError(
-                f"batch_size_of counts {size} in a batch of a loader with batch_size={draw.nominal}; let both count the "
-                "same, "
-                "by a batch sampler whose batch_size is in the unit of batch_size_of."
+                f"batch_size_of counts {size} in a batch of a loader with batch_size={draw.nominal}; let both count "
+                "the same, by a batch sampler whose batch_size is in the unit of batch_size_of."
             )
         return draw._replace(size=size)
 

@@ -217,7 +217,7 @@ def rank_main(folder: Path) -> None:
     model = Plain()
     callback = AutoMicroBatch(verbose=False)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    sampler = DistributedSampler(Recorded(192), num_replicas=2, rank=rank, shuffle=False)
+    sampler: DistributedSampler[Any] = DistributedSampler(Recorded(192), num_replicas=2, rank=rank, shuffle=False)
     data = DataLoader(Recorded(192), 16, sampler=sampler)
     made = fit(model, data, [callback], devices=2, strategy="ddp", max_epochs=2)
     torch.save((weights(model), callback.failures), folder / f"{made.global_rank}.pt")

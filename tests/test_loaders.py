@@ -561,6 +561,22 @@ class TestIterableDatasets:
             assert count == limit or (count < limit and len(epoch) == SAMPLES)
         assert any(count < limit for count in batches), "the data was never out: the test is vacuous"
 
+    def test_a_limit_in_batches_that_reloaded_data_does_not_reach(self) -> None:
+        class Streams(pl.LightningDataModule):
+            def train_dataloader(self) -> Any:
+                return DataLoader(Stream(), B0)
+
+            def val_dataloader(self) -> Any:
+                return loader(batch_size=50, shuffle=False)
+
+        model = Classifier()
+        callback = AdaptiveBatchSize(lambda m: 90, max_batch_size=90, adjust_every=1, verbose=False)
+        made = trainer([callback], max_epochs=3, limit_train_batches=7, reload_dataloaders_every_n_epochs=1)
+        made.fit(model, datamodule=Streams())
+        assert model.sizes[-3:] == [90, 90, 23]
+        assert_every_sample_once(model, 3)
+        assert model.validated_at == [SAMPLES, 2 * SAMPLES, 3 * SAMPLES]
+
     def test_a_limit_in_batches_at_a_constant_size_is_bitwise_lightnings(self) -> None:
         runs = []
         for callbacks in ([], [AdaptiveBatchSize("constant")]):
