@@ -174,6 +174,7 @@ def main() -> None:
     # The network is too small for a second thread to help, in either run.
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # Lightning's own, on a newer torch
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
 
     print(f"fixed batch size {BATCH_SIZE} ({arguments.epochs} epochs) ...", flush=True)

@@ -63,6 +63,7 @@ def assert_books(model: Classifier, callback: AdaptiveBatchSize) -> None:
     sizes = [change.batch_size for change in callback.history.changes]
     assert any(b > a for a, b in pairwise(sizes)), "never grew: the test is vacuous"
     assert any(b < a for a, b in pairwise(sizes)), "never shrank: the test is vacuous"
+    assert max(model.sizes) > B0 and len(set(model.sizes)) > 4, "no batch was resized"
     ends = [i for i, last in enumerate(model.last_batches) if last]
     lengths = [len(epoch) for epoch in model.epochs]
     assert [sum(model.sizes[: end + 1]) for end in ends] == [sum(lengths[: i + 1]) for i in range(len(lengths))]
@@ -576,6 +577,11 @@ class TestIterableDatasets:
         assert model.sizes[-3:] == [90, 90, 23]
         assert_every_sample_once(model, 3)
         assert model.validated_at == [SAMPLES, 2 * SAMPLES, 3 * SAMPLES]
+        again = Classifier()  # starts with the size in force
+        trainer([callback], max_epochs=1, limit_train_batches=7).fit(again, datamodule=Streams())
+        assert again.sizes == [90, 90, 23]
+        assert again.last_batches == [False, False, True]
+        assert again.validated_at == [SAMPLES]
 
     def test_a_limit_in_batches_at_a_constant_size_is_bitwise_lightnings(self) -> None:
         runs = []
