@@ -9,8 +9,40 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch.utils.data import Sampler
 
-__all__ = ["get_generator", "order_restored", "order_state", "set_epoch", "set_generator"]
+__all__ = ["SeededOrder", "get_generator", "order_restored", "order_state", "set_epoch", "set_generator"]
+
+
+class SeededOrder(Sampler[Any]):
+    """A sampler with a length whose order follows from a seed and the epoch alone, whatever else draws numbers.
+
+    Args:
+        sampler: the user's own.
+        seed: of the whole run.
+    """
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler = sampler
+        self.seed = seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        own = _find_generator(self.sampler)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + self.epoch)
+            if own is not None:
+                own.manual_seed(self.seed + self.epoch)
+            return iter(list(self.sampler))
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that comes next."""
+        self.epoch = epoch
+        if callable(getattr(self.sampler, "set_epoch", None)):
+            self.sampler.set_epoch(epoch)
 
 
 def _chain(source: Any) -> Iterator[Any]:

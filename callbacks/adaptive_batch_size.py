@@ -29,6 +29,7 @@ from adaptive_batch.measurement import Measurement
 from adaptive_batch.memory import resident_bytes
 from adaptive_batch.noise.schedule import measures_noise
 from adaptive_batch.noise.sources import check_source
+from adaptive_batch.order import SeededOrder
 from adaptive_batch.policies import Policy, resolve_policy
 from adaptive_batch.timing import Elapsed, Mark, mark
 from adaptive_batch.user_batches import UserBatchSampler
@@ -82,6 +83,8 @@ class AdaptiveBatchSize(CallbackBase):
         self_check: compare the first batch's gradient with that of its parts before training on it, and refuse a model
             or a loss that does not decompose, with the reason; everything is put back.
         dry_run: measure and say what would be done, change nothing.
+        seed: the order of the samples follows from this and the epoch alone; ``None`` leaves it to the sampler's own
+            random numbers.
         verbose: log each change and its reason.
 
     Attributes:
@@ -110,6 +113,7 @@ class AdaptiveBatchSize(CallbackBase):
         history_size: int = 10_000,
         self_check: bool = False,
         dry_run: bool = False,
+        seed: int | None = None,
         verbose: bool = True,
     ) -> None:
         check_bounds(min_batch_size, max_batch_size)
@@ -132,6 +136,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._micro_batches = self._splitting.limit
         self._batch_size_of = batch_size_of
         self._dry_run = dry_run
+        self._seed = seed
         self._verbose = verbose
         self.history = History(history_size)
         # "none" until the optimizer is known; the rule is not used before the first update.
@@ -257,6 +262,8 @@ class AdaptiveBatchSize(CallbackBase):
         adaptive = make_adaptive(loader, rank=trainer.global_rank, world_size=trainer.world_size)
         sampler = adaptive.batch_sampler
         assert isinstance(sampler, AdaptiveBatchSampler)
+        if self._seed is not None and sampler.samples is not None:
+            sampler.sampler = SeededOrder(sampler.sampler, self._seed)
         if trainer.world_size > 1:
             self._controller.exchange = lambda own: merge_ranks(gather(own))
             self._controller.agree = broadcast

@@ -37,6 +37,10 @@ def resizing(seed: int = 0, **kwargs: Any) -> AdaptiveBatchSize:
     return AdaptiveBatchSize(random_sizes(seed), **{**options, **kwargs})
 
 
+def _seeded(seed: int) -> AdaptiveBatchSize:
+    return AdaptiveBatchSize(random_sizes(0), min_batch_size=4, max_batch_size=90, adjust_every=2, seed=seed)
+
+
 def weights(model: nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
@@ -130,6 +134,16 @@ class TestExactlyOnce:
         fit(plain, loader())
         fit(resized, loader(), [resizing()])
         assert resized.epochs == plain.epochs
+
+    def test_with_a_seed_the_order_follows_from_seed_and_epoch_alone(self) -> None:
+        orders = []
+        for dropout, seed in ((0.2, 5), (0.0, 5), (0.2, 6)):
+            model = Classifier(dropout=dropout)
+            fit(model, loader(), [_seeded(seed)])
+            orders.append(model.epochs)
+        assert orders[0] == orders[1] != orders[2]
+        assert orders[0][0] != orders[0][1]
+        assert [sorted(epoch) for epoch in orders[0]] == [list(range(SAMPLES))] * 2
 
     def test_drop_last_loses_less_than_one_batch(self) -> None:
         model = Classifier()

@@ -14,7 +14,7 @@ __all__ = ["AdamMomentsSource"]
 class AdamMomentsSource:
     """Reads ``|G|^2`` and ``tr(Sigma)`` out of Adam's own averages of ``g`` and ``g^2``.
 
-    Over a window of ``2 / (1 - beta1)`` updates the second moments have gained ``sum w_t |g_t|^2`` (their sum
+    Over a window of ``3 / (1 - beta1)`` updates the second moments have gained ``sum w_t |g_t|^2`` (their sum
     now less the decayed sum then), whose expectation is ``|G|^2 + tr(Sigma) sum(w_t / b_t)``; the first
     moments are an average of gradients with ``|G|^2 + tr(Sigma) sum(w_t^2 / b_t)``, ``w_t`` being the weights
     of either average. Two equations, two unknowns. Windows follow each other, so that what they give is close
@@ -51,7 +51,7 @@ class AdamMomentsSource:
         self._optimizer = optimizer
         self._beta1, self._beta2 = betas.pop()
         self._first_noise = self._second_noise = 0.0  # sums of w_t^2 / b_t and w_t / b_t
-        self._window = max(2, round(2 / (1 - self._beta1)))
+        self._window = max(2, round(3 / (1 - self._beta1)))
         self.cancel()
 
     def start(self) -> None:
