@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
+import os
+import socket
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from lightning_problems import Classifier, fit, loader
 from lightning_problems import trainer as make_trainer
 from reference import exact_noise, per_example_gradients
@@ -63,10 +70,10 @@ def test_an_observed_run_is_bitwise_the_unobserved_one(noise: str, expected: str
 
 def test_moments_of_adam_are_read_without_a_trace() -> None:
     plain, observed = Classifier(optimizer="adam"), Classifier(optimizer="adam")
-    fit(plain, loader(), max_epochs=4)
+    fit(plain, loader(), max_epochs=6)
     unobserved = trace(plain)
     monitor = GradientNoiseMonitor(noise="adam_moments")
-    fit(observed, loader(), [monitor], max_epochs=4)
+    fit(observed, loader(), [monitor], max_epochs=6)
     assert same(unobserved, trace(observed)) and monitor.noise.measurements == 2
 
 
@@ -215,6 +222,55 @@ def test_updates_that_are_not_finite_are_skipped() -> None:
     monitor = GradientNoiseMonitor(every=1)
     fit(Overflowing(), loader(), [monitor])
     assert monitor.noise.skipped == 2 and math.isfinite(monitor.noise.grad_variance)
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+
+
+def _rank(rank: int, folder: str, port: int) -> None:
+    """One of two processes: runs with the monitor and without."""
+    torch.set_num_threads(1)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    cluster = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
+    launched = {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in {**cluster, **launched}.items()})
+    results: dict[str, Any] = {}
+    for accumulate in (1, 2):
+        options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": accumulate}
+        plain, observed, frozen = Classifier(), Classifier(), Frozen()
+        fit(plain, loader(104, 8), **options)
+        unobserved = trace(plain)
+        fit(observed, loader(104, 8), [GradientNoiseMonitor(every=1)], **options)
+        monitor = GradientNoiseMonitor(every=1)
+        fit(frozen, loader(404, 8), [monitor], max_epochs=8, **options)
+        noise = monitor.noise
+        results[str(accumulate)] = {
+            "same": same(unobserved, trace(observed)),
+            "source": monitor.source,
+            "noise": [noise.grad_sq_norm, noise.grad_variance, *noise.interval(0.999), noise.measurements],
+            "exact": exact(frozen, loader(404, 8)),
+        }
+    torch.save(results, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_several_ranks_measure_together_and_change_nothing(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, (str(tmp_path), port), nprocs=2)  # type: ignore[attr-defined]
+    ranks = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
+    for accumulate in ("1", "2"):
+        for rank in ranks:
+            found = rank[accumulate]
+            assert found["same"] and found["source"] == "ranks"
+            assert found["noise"] == ranks[0][accumulate]["noise"]
+            sq_norm, variance = found["exact"]
+            low, high = found["noise"][2:4]
+            assert low < variance / sq_norm < high
+            assert found["noise"][1] == pytest.approx(variance, rel=0.2)
+    assert ranks[0]["1"]["noise"][4] == 8 * 26
 
 
 # ------------------------------------------------------------------------------------------------ any loader
