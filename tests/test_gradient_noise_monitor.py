@@ -242,11 +242,12 @@ def _rank(rank: int, folder: str, port: int) -> None:
         fit(plain, loader(104, 8), **options)
         unobserved = trace(plain)
         fit(observed, loader(104, 8), [GradientNoiseMonitor(every=1)], **options)
+        unchanged = same(unobserved, trace(observed))
         monitor = GradientNoiseMonitor(every=1)
         fit(frozen, loader(404, 8), [monitor], max_epochs=8, **options)
         noise = monitor.noise
         results[str(accumulate)] = {
-            "same": same(unobserved, trace(observed)),
+            "same": unchanged,
             "source": monitor.source,
             "noise": [noise.grad_sq_norm, noise.grad_variance, *noise.interval(0.999), noise.measurements],
             "exact": exact(frozen, loader(404, 8)),
