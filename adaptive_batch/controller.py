@@ -28,9 +28,10 @@ SETTLE = 2
 """Updates at a new size that are not timed: autotuning, recompilation and caches belong to the change."""
 
 NOISE_MEMORY_UPDATES = 32
-NOISE_MEMORY_FRACTION = 0.25
-"""The noise averages remember a quarter of the measured samples, and no fewer than 32 updates' worth:
-the noise scale moves on the scale of the run's own age, and evidence needs a number of measurements."""
+NOISE_MEMORY_FRACTIONS = (1 / 16, 1 / 4)
+"""The noise is averaged over two stretches of the samples seen so far, and no fewer than 32 updates' worth. The
+noise scale moves on the scale of the run's own age, often by orders of magnitude at its start: the shorter
+average leaves that behind the sooner, the longer one identifies what the shorter one cannot."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class BatchSizeController:
     Attributes:
         batch_size: the size in force, ``None`` before anything was measured.
         note: the newest reason to keep the size, ``None`` after a change; each is given once between changes.
-        noise: the :class:`GradientNoiseScale` fed with the updates' parts.
+        noise: the :class:`GradientNoiseScale` in force: that of the shortest memory that identifies the noise scale.
         step_time: the :class:`StepTimeModel` fed with the updates' times.
         exchange: on several ranks, makes one list of measurements of those that each rank made.
         agree: on several ranks, gives all of them the same proposal.
@@ -117,7 +118,7 @@ class BatchSizeController:
         self.adjust_every = adjust_every
         self.careful = is_measured(self.policy) if quantize is None else quantize
         self.multiple_of = multiple_of
-        self.noise = GradientNoiseScale()
+        self._noises = [GradientNoiseScale() for _ in NOISE_MEMORY_FRACTIONS]
         self.step_time = StepTimeModel()
         self.reference_batch_size = reference_batch_size
         self.batch_size = reference_batch_size
@@ -132,6 +133,11 @@ class BatchSizeController:
         self._settled = 0
         self._measured_run = 0
         self._last_noise_scale = math.nan
+
+    @property
+    def noise(self) -> GradientNoiseScale:
+        """The estimate in force."""
+        return next((noise for noise in self._noises if noise.identified), self._noises[-1])
 
     @property
     def policy_needs(self) -> frozenset[str]:
@@ -149,6 +155,11 @@ class BatchSizeController:
     def noise_scale(self) -> float:
         """The last identified noise scale in samples, ``NaN`` before there is one."""
         return self._last_noise_scale
+
+    @property
+    def times_parts(self) -> bool:
+        """Whether a few updates should run in parts, so that the times of smaller passes say what a sample costs."""
+        return "step_time" in self.policy_needs and math.isnan(self.step_time.beta)
 
     def lr_factor(self, batch_size: float) -> float:
         """Factor on the scheduled learning rate for an update of ``batch_size`` samples."""
@@ -186,18 +197,23 @@ class BatchSizeController:
             self._absorb_time(m)
             del norms[: count + 1]
         self._pending.clear()
+        noise_scale = self.noise.noise_scale
+        if math.isfinite(noise_scale):
+            self._last_noise_scale = noise_scale
         return loss
 
     def _absorb_noise(self, m: Measurement, part_sq_norms: list[float], sq_norm: float) -> None:
-        if len(part_sq_norms) < 2:
+        measured = len(part_sq_norms) > 1
+        if not measured and not math.isfinite(sq_norm):
             return
-        size = sum(m.part_sizes)
+        size = sum(m.part_sizes) if measured else m.batch_size
         self._measured_samples += size
-        fraction = NOISE_MEMORY_FRACTION * self._measured_samples
-        self.noise.memory = max(NOISE_MEMORY_UPDATES * size, fraction)
-        self.noise.update(part_sq_norms, m.part_sizes, sq_norm)
-        if math.isfinite(self.noise.noise_scale):
-            self._last_noise_scale = self.noise.noise_scale
+        for noise, fraction in zip(self._noises, NOISE_MEMORY_FRACTIONS, strict=True):
+            noise.memory = max(NOISE_MEMORY_UPDATES * size, fraction * self._measured_samples)
+            if measured:
+                noise.update(part_sq_norms, m.part_sizes, sq_norm)
+            else:
+                noise.update_norm(sq_norm, size)
 
     def _absorb_time(self, m: Measurement) -> None:
         measured = len(m.part_sq_norms) > 1
@@ -217,6 +233,7 @@ class BatchSizeController:
     def _describe(self, m: Measurement, *, loss: float) -> Measurement:
         """The measurement as the policy sees it: plain numbers, with the estimates."""
         assert self.batch_size is not None and self.reference_batch_size is not None
+        noise = self.noise
         return replace(
             m,
             batch_size=self.batch_size,
@@ -227,10 +244,10 @@ class BatchSizeController:
             pass_sizes=(),
             pass_seconds=(),
             sq_norm=math.nan,
-            noise_scale=self.noise.noise_scale,
-            grad_sq_norm=self.noise.grad_sq_norm,
-            grad_variance=self.noise.grad_variance,
-            interval=self.noise.interval(0.95),
+            noise_scale=noise.noise_scale,
+            grad_sq_norm=noise.grad_sq_norm,
+            grad_variance=noise.grad_variance,
+            interval=noise.interval(0.95),
             step_time=self.step_time,
         )
 
@@ -403,7 +420,7 @@ class BatchSizeController:
             "settled": self._settled,
             "measured_run": self._measured_run,
             "noise_scale": self._last_noise_scale,
-            "noise": self.noise.state_dict(),
+            "noise": [noise.state_dict() for noise in self._noises],
             "step_time": self.step_time.state_dict(),
             "pending": [_plain(m) for m in self._pending],
         }
@@ -418,13 +435,14 @@ class BatchSizeController:
             ValueError: if something is missing or not what it should be; nothing is changed then.
         """
         _check_state(state, self.state_dict())
-        noise, step_time = GradientNoiseScale(), StepTimeModel()
-        noise.load_state_dict(state["noise"])
+        noises, step_time = [GradientNoiseScale() for _ in self._noises], StepTimeModel()
+        for noise, noise_state in zip(noises, state["noise"], strict=True):
+            noise.load_state_dict(noise_state)
         step_time.load_state_dict(state["step_time"])
         pending = [_pending_measurement(record) for record in state["pending"]]
         if hasattr(self.policy, "load_state_dict") and "policy" in state:
             self.policy.load_state_dict(state["policy"])
-        self.noise, self.step_time, self._pending = noise, step_time, pending
+        self._noises, self.step_time, self._pending = noises, step_time, pending
         self.reference_batch_size = state["reference_batch_size"]
         self.batch_size = state["batch_size"]
         self.note = state["note"]
@@ -524,6 +542,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "settled": _is_count,
     "measured_run": _is_count,
     "noise_scale": lambda value: _is_number(value) and not value < 0,
+    "noise": lambda value: isinstance(value, list) and len(value) == len(NOISE_MEMORY_FRACTIONS),
     "pending": lambda value: isinstance(value, list),
 }
 """What each entry of a state has to be; ``noise``, ``step_time`` and ``policy`` check their own."""

@@ -1,11 +1,11 @@
-"""Layers for which the samples of a batch are not independent."""
+"""What a model's layers say about how it can be measured."""
 
 from __future__ import annotations
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_dependent_layers"]
+__all__ = ["batch_dependent_layers", "is_compiled"]
 
 
 def batch_dependent_layers(module: nn.Module) -> list[str]:
@@ -16,3 +16,12 @@ def batch_dependent_layers(module: nn.Module) -> list[str]:
     return [
         f"{name} ({type(layer).__name__})" for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)
     ]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` was applied to the model or a part of it: hooks on its layers cost a recompilation."""
+    return any(
+        getattr(part, name, None) is not None
+        for part in module.modules()
+        for name in ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")  # the last one is Lightning's
+    )

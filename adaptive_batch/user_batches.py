@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from adaptive_batch.sampler import AdaptiveBatchSampler, BatchSource, Epoch
 __all__ = ["UserBatchSampler", "is_resizable"]
 
 _LOOK_AHEAD = 1  # whether another batch follows the one that is handed out
+_STALE = 3  # batches in a row that say that a size was not read; a tail or two can look alike
 
 
 def is_resizable(batch_sampler: Any) -> bool:
@@ -58,6 +60,8 @@ class UserBatchSampler(AdaptiveBatchSampler):
         )
         self.own_size = self.batch_size
         self.on_length_change: Callable[[], None] | None = None
+        self._full_at = 0  # the newest size that a batch had exactly
+        self._stale = 0  # batches in a row that had it still, after the size was changed
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "on_length_change": None}  # a loader may be pickled, who listens stays here
@@ -105,7 +109,22 @@ class UserBatchSampler(AdaptiveBatchSampler):
     def draw_from(self, batches: Any, batch_size: int) -> list[Any]:
         """The next of the user's batches at that size, an empty one at the end."""
         self.batch_sampler.batch_size = batch_size
-        return list(next(batches, ()))
+        batch = list(next(batches, ()))
+        self._notice_stale_size(len(batch), batch_size)
+        return batch
+
+    def _notice_stale_size(self, samples: int, batch_size: int) -> None:
+        """Say so once if the user's sampler goes on with the size that it read before."""
+        if samples == batch_size:
+            self._full_at = samples
+        self._stale = self._stale + 1 if samples == self._full_at != batch_size else 0
+        if self._stale == _STALE:
+            warnings.warn(
+                f"The batch sampler {type(self.batch_sampler).__name__} still yields batches of {samples} after its"
+                f" batch_size was set to {batch_size}; let it read batch_size anew for every batch, or sizes change"
+                " only where it reads it.",
+                stacklevel=2,
+            )
 
     def hand_out(self, epoch: Epoch, batch: list[Any], nominal: int) -> list[Any]:
         """This rank's share of a drawn batch."""

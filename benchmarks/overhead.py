@@ -3,7 +3,7 @@
 Each variant trains the same model on the same batches, in turn with plain Lightning; the figure is the median over
 pairs of the ratio of their times per update. Nothing is resized: the size is held, so that only the cost shows.
 
-    python benchmarks/overhead.py [--pairs 7] [--updates 200]
+    python benchmarks/overhead.py [--pairs 7] [--updates 600]
 """
 
 from __future__ import annotations
@@ -75,13 +75,16 @@ def transformer() -> tuple[nn.Module, Tensor]:
 
 
 class Times(pl.Callback):
-    """Seconds of each update, from the end of one to the end of the next."""
+    """Seconds of each update, from the end of one to the end of the next.
+
+    Processor time of the one thread that works: other programs on the machine change it little.
+    """
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(time.process_time())
 
     @property
     def mean(self) -> float:

@@ -17,7 +17,7 @@ from adaptive_batch.callbacks._parts import Parts
 from adaptive_batch.callbacks._probe import Probe
 from adaptive_batch.callbacks._self_check import SelfCheck
 from adaptive_batch.callbacks._trial import Trial
-from adaptive_batch.layers import batch_dependent_layers
+from adaptive_batch.layers import batch_dependent_layers, is_compiled
 from adaptive_batch.measurement import Number
 from adaptive_batch.memory import (
     PeakMemory,
@@ -31,8 +31,9 @@ from adaptive_batch.memory import (
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
 from adaptive_batch.micro_batching import balanced_sizes, split_batch
 from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
-from adaptive_batch.noise.per_example import PerExampleNorms
+from adaptive_batch.noise.per_example import PerExampleNorms, Unmeasurable
 from adaptive_batch.noise.sample import NoiseSample, equivalent_sample
+from adaptive_batch.noise.schedule import EXAMPLES_RATE, RATE
 from adaptive_batch.timing import Elapsed, mark
 from adaptive_batch.transaction import Rollback
 
@@ -69,9 +70,10 @@ class UpdateExecutor:
         explores: whether to find out, before the first update, how many samples ``limit.budget`` allows.
         self_check: whether to compare the gradients of the first batch, split and unsplit.
         noise: where the noise is measured: ``"micro_batches"`` splits updates, ``"probe"`` makes passes of its
-            own, ``"per_example"`` uses hooks on the layers; both change nothing. ``"auto"`` splits.
-        probes: whether ``"auto"`` probes instead. A model with layers that look across the batch is never
-            split for the noise.
+            own, ``"per_example"`` uses hooks on the layers; both change nothing. ``"auto"`` uses the hooks where
+            they know all layers, and splits otherwise; several ranks are parts already.
+        probes: whether ``"auto"`` probes instead of splitting. A model with layers that look across the batch is
+            never split for the noise.
     """
 
     def __init__(
@@ -97,8 +99,9 @@ class UpdateExecutor:
         self._across_batch = batch_dependent_layers(module)
         self._resident = [*module.parameters(), *module.buffers()]
         self._measures_memory = recovers
-        automatic = "probe" if probes or self._across_batch else "micro_batches"
-        self._noise = automatic if noise == "auto" else noise
+        self._without_examples = "probe" if probes or self._across_batch else "micro_batches"
+        self._automatic = noise == "auto"
+        self._noise = self._without_examples if self._automatic else noise
         self._examples = PerExampleNorms(module) if noise == "per_example" else None
         self._probe = Probe(trainer, module)
         if self._across_batch and (recovers or limit.largest is not None):
@@ -122,9 +125,33 @@ class UpdateExecutor:
         self.failures: list[str] = []
         self.start_update(measure=False)
 
-    def start_update(self, *, measure: bool) -> None:
-        """Forget the last update; ``measure`` records the squared norms of this one's parts."""
+    def on_fit_start(self) -> None:
+        """The optimizer is known: if nothing else was asked for, take norms by example where that is possible."""
+        if not self._automatic or self._across_batch or self.ranks > 1 or is_compiled(self._module):
+            return
+        try:
+            examples = PerExampleNorms(self._module)
+        except Unmeasurable:
+            return
+        if set(examples.parameters) == {p for p in self._parameters() if p.requires_grad}:
+            self._noise, self._examples = "per_example", examples
+
+    @property
+    def noise_rate(self) -> float:
+        """How often to measure, see :func:`~adaptive_batch.noise.schedule.measures_noise`."""
+        return RATE if self._examples is None else EXAMPLES_RATE
+
+    def start_update(self, *, measure: bool, watch: bool = False, time_parts: bool = False) -> None:
+        """Forget the last update.
+
+        Args:
+            measure: record the squared norms of this one's parts.
+            watch: record the squared norm of its gradient, measured or not.
+            time_parts: if it is measured, run it in parts also where the noise does not need that.
+        """
         self._measure = measure
+        self._watch = watch and self._noise != "probe"
+        self._time_parts = time_parts
         self._batch_sizes: list[int] = []
         self.pass_sizes: list[int] = []
         self.pass_seconds: list[Elapsed] = []
@@ -166,14 +193,17 @@ class UpdateExecutor:
         return balanced_sizes(n, largest, self.limit.smallest)
 
     @property
-    def _splits_for_noise(self) -> bool:
+    def _splits_to_measure(self) -> bool:
         """The batches of an accumulation window are parts already."""
         alone = self.ranks == 1 and self._trainer.accumulate_grad_batches == 1
-        return self._taps and alone and self._noise == "micro_batches"
+        by_examples = self._noise == "per_example" and self._automatic and self._time_parts
+        return self._taps and alone and (self._noise == "micro_batches" or by_examples)
 
     def measures_memory(self, samples: int) -> bool:
         """Whether to measure the memory of the next pass: never without a budget to keep."""
         if not self._measures_memory or self.limit.budget is None or self._missing_gradients() > 0:
+            return False
+        if self._measure and self._examples is not None:  # whose memory is not the model's
             return False
         return self.limit.measures(samples)
 
@@ -194,7 +224,7 @@ class UpdateExecutor:
             self._run_probe(kwargs)
         if not self._recovers:
             self._check_first(kwargs)
-            result = self._attempt(closure, plain, kwargs, self._sizes(split=self._splits_for_noise))
+            result = self._attempt(closure, plain, kwargs, self._sizes(split=self._splits_to_measure))
             self._end_batch()
             return result
         accumulated = batch_idx % self._trainer.accumulate_grad_batches != 0
@@ -211,7 +241,7 @@ class UpdateExecutor:
         zero_grad = closure._zero_grad_fn
         try:
             while True:
-                sizes = self._sizes(split=self._splits_for_noise)
+                sizes = self._sizes(split=self._splits_to_measure)
                 try:
                     with nullcontext() if sync is None else sync.blocked():
                         result = self._attempt(closure, plain, kwargs, sizes)
@@ -351,7 +381,7 @@ class UpdateExecutor:
             if len(sizes) == 1:
                 result = passes.run(0, lambda: self._whole(closure, plain))
                 if norms is not None:
-                    norms.end_part(sizes[0], self._mean_gradient_factor(1.0, sizes[0]))
+                    self._end_part(norms, sizes[0], 1.0)
             else:
                 parts = self._in_parts(closure, kwargs, passes, log, norms)
                 result = parts.joined()
@@ -360,10 +390,20 @@ class UpdateExecutor:
         self.pass_sizes += sizes
         self.pass_seconds += passes.seconds
         self.micro_batch_size = max(self.micro_batch_size, sizes[0])
-        if norms is not None:
+        if norms is not None and self._measure:
             self.part_sq_norms += norms.sq_norms
             self.part_sizes += norms.sizes
         return result
+
+    def _end_part(self, norms: PartNorms | PerExampleNorms, size: int, weight: Number) -> None:
+        try:
+            norms.end_part(size, self._mean_gradient_factor(weight, size))
+        except Unmeasurable as error:
+            if not self._automatic:
+                raise
+            self._noise, self._examples, self._measure = self._without_examples, None, False
+            what = str(error).split("; use", maxsplit=1)[0]
+            self.failures.append(f"the gradient noise is measured by the parts of updates from here on: {what}")
 
     @property
     def _taps(self) -> bool:
@@ -419,7 +459,7 @@ class UpdateExecutor:
             run = partial(self._part, closure, {**kwargs, "batch": piece}, weight, first=index == 0)
             parts.add(passes.run(index, run))
             if norms is not None:
-                norms.end_part(size, self._mean_gradient_factor(weight, size))
+                self._end_part(norms, size, weight)
         self._metrics.end_parts()
         return parts
 
@@ -451,9 +491,9 @@ class UpdateExecutor:
     def _end_batch(self) -> None:
         """After the batch's gradients are complete, over all ranks where there are several."""
         accumulate = self._trainer.accumulate_grad_batches
-        if not self._taps or _lightning.accumulating(self._trainer):
+        if not (self._taps or self._watch) or _lightning.accumulating(self._trainer):
             return
-        self._measure = False
+        self._measure = self._watch = False
         if len(set(self._batch_sizes)) > 1 or len(self._batch_sizes) < accumulate:
             # Lightning weighs the batches of a window alike, so this gradient is no mean over samples.
             self.part_sq_norms, self.part_sizes = [], []
@@ -464,7 +504,7 @@ class UpdateExecutor:
             if self._loss_reduction == "sum":
                 factor = factor * sum(self._batch_sizes) / accumulate
             self.sq_norm = total / factor**2
-            if self._examples is not None:
+            if self._examples is not None and self.part_sq_norms:
                 self._keep_examples()
 
     def _keep_examples(self) -> None:

@@ -461,7 +461,7 @@ class StepLog:
     """Logs a fixed set of numbers, cheaply enough for every update.
 
     ``LightningModule.log`` is called when a value is new to Lightning (at first, and after each epoch); in
-    between only the value that it keeps is exchanged.
+    between only a value that has changed is exchanged in what it keeps.
 
     Private: ``epoch_loop._results`` and its metrics' ``_forward_cache`` and ``has_reset`` (2.0 to 2.6).
     """
@@ -469,15 +469,16 @@ class StepLog:
     def __init__(self, trainer: Trainer, fx: str) -> None:
         self._trainer = trainer
         self._fx = fx
+        self._logged: dict[str, float] = {}
 
     def __call__(self, values: Mapping[str, float]) -> None:
         """Log ``values`` for the step at hand."""
         results = self._trainer.fit_loop.epoch_loop._results
+        before, self._logged = self._logged, dict(values)
         for name, value in values.items():
             metric = results.get(f"{self._fx}.{name}")
             if metric is None or metric.has_reset:
                 self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
-            else:
-                metric._forward_cache = metric.value = torch.tensor(
-                    value, dtype=torch.float32, device=metric.value.device
-                )
+            elif value != (old := before.get(name)) and not (value != value and old != old):  # NaN is no change
+                number = torch.tensor(value, dtype=torch.float32, device=metric.value.device)
+                metric.__dict__.update(value=number, _forward_cache=number)  # past Module.__setattr__, which is slow

@@ -72,8 +72,10 @@ class AdaptiveBatchSize(CallbackBase):
         adjust_every: updates between two decisions.
         quantize: ``True`` or ``False`` forces or forbids quantised sizes and hysteresis; ``None`` goes by the policy.
         noise: where the noise is measured: ``"micro_batches"`` splits an update in two now and then,
-            ``"per_example"`` and ``"probe"`` change nothing in the run and cost more; ``"auto"`` splits, and
-            probes where layers look across the batch. See ``adaptive_batch.noise.SOURCES``.
+            ``"per_example"`` takes norms by hooks on the layers and ``"probe"`` makes passes of its own, which
+            change nothing in the run; ``"auto"`` takes norms by example where all layers are known to it (Linear,
+            Conv, Embedding, norms), splits where they are not, and probes where layers look across the batch. See
+            ``adaptive_batch.noise.SOURCES``.
         loss_reduction: whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` over its samples.
         weight_fn: ``(micro_batch, batch) -> weight`` of a part's loss, for a mean over something else.
         batch_size_of: ``batch -> samples`` of this rank, where the loader's count of them is not the one that the
@@ -223,6 +225,7 @@ class AdaptiveBatchSize(CallbackBase):
                 "combine them into one with several parameter groups."
             )
         self._controller.lr_scaling = resolve_lr_scaling(self._lr_scaling, trainer.optimizers[0])
+        self._executor.on_fit_start()
         if self._manual and "noise" in self._controller.needs:
             warnings.warn(
                 "AdaptiveBatchSize cannot measure the gradient noise in manual optimization, where training_step makes "
@@ -383,7 +386,9 @@ class AdaptiveBatchSize(CallbackBase):
         self._batch_started = now
         if not self._window:
             self._window_started = now - waited
-            self._executor.start_update(measure=self._measures())
+            noise = not self._manual and "noise" in self._controller.needs
+            measure = noise and measures_noise(self._updates, self._executor.noise_rate)
+            self._executor.start_update(measure=measure, watch=noise, time_parts=self._controller.times_parts)
             self._window_rows = self._window_samples = 0
         self._window.append(draw)
         self._window_rows += self._rows
@@ -447,9 +452,6 @@ class AdaptiveBatchSize(CallbackBase):
                 "the same, by a batch sampler whose batch_size is in the unit of batch_size_of."
             )
         return draw._replace(size=size)
-
-    def _measures(self) -> bool:
-        return not self._manual and "noise" in self._controller.needs and measures_noise(self._updates)
 
     def _make_closure(self, original: Callable[..., Any], kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
         if not self._active:

@@ -12,7 +12,7 @@ from torch import nn
 from adaptive_batch.callbacks import _lightning
 from adaptive_batch.callbacks._lightning import CallbackBase
 from adaptive_batch.callbacks._probe import Probe
-from adaptive_batch.controller import NOISE_MEMORY_FRACTION, NOISE_MEMORY_UPDATES
+from adaptive_batch.controller import NOISE_MEMORY_FRACTIONS, NOISE_MEMORY_UPDATES
 from adaptive_batch.iterable import count_samples
 from adaptive_batch.measurement import read_numbers
 from adaptive_batch.micro_batching import balanced_sizes
@@ -261,7 +261,7 @@ class GradientNoiseMonitor(CallbackBase):
             *sq_norms, sq_norm = itertools.islice(numbers, len(parts.sq_norms) + 1)
             size = sum(parts.sizes)
             self._measured_samples += size
-            self.noise.memory = max(NOISE_MEMORY_UPDATES * size, NOISE_MEMORY_FRACTION * self._measured_samples)
+            self.noise.memory = max(NOISE_MEMORY_UPDATES * size, NOISE_MEMORY_FRACTIONS[-1] * self._measured_samples)
             self.noise.update(sq_norms, parts.sizes, sq_norm)
         self._unread.clear()
         low, high = self.noise.interval(self._confidence)

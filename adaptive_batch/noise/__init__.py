@@ -7,7 +7,7 @@ from adaptive_batch.noise.estimators import harmonic_mean, two_batch_estimate
 from adaptive_batch.noise.intervals import (
     effective_count,
     fieller_interval,
-    jackknife_covariance,
+    jackknife_influence,
     student_t_quantile,
 )
 from adaptive_batch.noise.per_example import NORM_LAYERS, PerExampleNorms, Unmeasurable
@@ -44,7 +44,7 @@ __all__ = [
     "equivalent_sample",
     "fieller_interval",
     "harmonic_mean",
-    "jackknife_covariance",
+    "jackknife_influence",
     "ranks_sample",
     "student_t_quantile",
     "two_batch_estimate",

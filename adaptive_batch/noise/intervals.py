@@ -45,25 +45,27 @@ def student_t_quantile(confidence: float, dof: float) -> float:
     return math.sqrt(dof) * math.tan(angle)
 
 
-def jackknife_covariance(values: Array, weights: Array) -> Array:
-    """Covariance of the weighted mean of independent rows, by leaving out one row at a time.
+def jackknife_influence(values: Array, weights: Array) -> Array:
+    """What each of several independent rows does to their weighted mean, by leaving out one at a time.
 
-    With shares ``p_k = w_k / sum(w)`` and means ``m_(-k)`` without row ``k`` it is
-    ``sum_k (1 - p_k) (m_(-k) - m)(m_(-k) - m)'``: the usual delete-one jackknife with its factor
-    ``(K - 1) / K`` where all weights are equal, and unbiased where a row's variance is inversely
-    proportional to its weight.
+    With shares ``p_k = w_k / sum(w)`` and means ``m_(-k)`` without row ``k`` the jackknife's covariance is
+    ``sum_k (1 - p_k) (m_(-k) - m)(m_(-k) - m)'``: the usual one with its factor ``(K - 1) / K`` where all weights are
+    equal, and unbiased where a row's variance is inversely proportional to its weight. Returned are the rows
+    ``d_k`` of which it is ``sum_k d_k d_k'``; those of several means over the same blocks can be added up.
 
     Args:
         values: ``[K, D]`` rows.
-        weights: ``[K]`` positive weights; no single row may have all the weight.
+        weights: ``[K]`` weights; rows without any have no influence, nor has one that has all.
 
     Returns:
-        ``[D, D]`` covariance of the weighted mean.
+        ``[K, D]`` influences on the weighted mean.
     """
-    share = weights / weights.sum()
+    total = weights.sum()
+    share = weights / total if total > 0 else weights
     deviations = values - share @ values
-    covariance: Array = (deviations.T * (share**2 / (1 - share))) @ deviations
-    return covariance
+    factor = share / np.sqrt(np.where(share < 1, 1 - share, np.inf))
+    influence: Array = deviations * factor[:, None]
+    return influence
 
 
 def effective_count(weights: Array) -> float:
@@ -71,6 +73,8 @@ def effective_count(weights: Array) -> float:
 
     This is Satterthwaite's count for the jackknife of rows of equal variance; ``K`` for equal weights.
     """
+    if not weights.any():
+        return 0.0
     squares = (weights / weights.max()) ** 2
     return float(squares.sum() ** 2 / (squares**2).sum())
 

@@ -1,4 +1,4 @@
-"""At which updates to split on purpose, to learn the gradient noise."""
+"""At which updates to measure the gradient noise."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import math
 __all__ = ["measures_noise"]
 
 RATE = 3.0
+"""For measurements by the parts of an update, which are many times less exact than those by examples."""
+
+EXAMPLES_RATE = 1.5
+"""For measurements by the norms of single examples."""
 
 
 def measures_noise(update: int, rate: float = RATE) -> bool:
