@@ -52,9 +52,10 @@ class Trained(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.workload.optimizer(self.parameters(), self.lr)
-        if self.horizon is None:
+        horizon = self.horizon
+        if horizon is None:
             return optimizer
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / self.horizon))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / horizon))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -112,7 +113,7 @@ def train(
     )  # fmt: skip
     validation = DataLoader(Rows(val_x, val_y), len(val_y), collate_fn=as_it_is)
     trainer.fit(module, workload.loader(x, y, batch_size), validation)
-    result = {
+    result: dict[str, Any] = {
         "reached": target.reached, "seconds": target.seconds, "samples": target.samples, "updates": target.updates,
         "best": min(target.losses),
     }  # fmt: skip

@@ -34,7 +34,7 @@ def samples_to_target(
             optimizer.param_groups[0]["lr"] = lr * max(0.0, 1 - samples / horizon)
         optimizer.zero_grad()
         loss = workload.loss(net(x[picked]), y[picked])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         samples += len(picked)
         if samples // workload.every > checked:

@@ -101,12 +101,14 @@ def fashion() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _one_hot(values: list[str]) -> np.ndarray[Any, Any]:
     kinds = {kind: i for i, kind in enumerate(sorted(set(values)))}
-    return np.eye(len(kinds), dtype=np.float32)[[kinds[value] for value in values]]
+    rows: np.ndarray[Any, Any] = np.eye(len(kinds), dtype=np.float32)[[kinds[value] for value in values]]
+    return rows
 
 
 def _standardized(columns: list[Any]) -> np.ndarray[Any, Any]:
     table = np.stack([np.asarray(column, np.float32) for column in columns], 1)
-    return (table - table.mean(0)) / (table.std(0) + 1e-6)
+    standardized: np.ndarray[Any, Any] = (table - table.mean(0)) / (table.std(0) + 1e-6)
+    return standardized
 
 
 def flights() -> tuple[Tensor, Tensor, Tensor, Tensor]:

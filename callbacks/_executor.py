@@ -33,7 +33,7 @@ from adaptive_batch.micro_batching import balanced_sizes, split_batch
 from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
 from adaptive_batch.noise.per_example import PerExampleNorms, Unmeasurable
 from adaptive_batch.noise.sample import NoiseSample, equivalent_sample
-from adaptive_batch.noise.schedule import EXAMPLES_RATE, RATE
+from adaptive_batch.noise.schedule import EXAMPLES, PARTS, Schedule
 from adaptive_batch.timing import Elapsed, mark
 from adaptive_batch.transaction import Rollback
 
@@ -137,9 +137,9 @@ class UpdateExecutor:
             self._noise, self._examples = "per_example", examples
 
     @property
-    def noise_rate(self) -> float:
-        """How often to measure, see :func:`~adaptive_batch.noise.schedule.measures_noise`."""
-        return RATE if self._examples is None else EXAMPLES_RATE
+    def noise_schedule(self) -> Schedule:
+        """At which updates to measure the noise."""
+        return PARTS if self._examples is None else EXAMPLES
 
     def start_update(self, *, measure: bool, watch: bool = False, time_parts: bool = False) -> None:
         """Forget the last update.
@@ -147,7 +147,7 @@ class UpdateExecutor:
         Args:
             measure: record the squared norms of this one's parts.
             watch: record the squared norm of its gradient, measured or not.
-            time_parts: if it is measured, run it in parts also where the noise does not need that.
+            time_parts: if it is measured without being split, time a pass over half of it besides.
         """
         self._measure = measure
         self._watch = watch and self._noise != "probe"
@@ -196,8 +196,7 @@ class UpdateExecutor:
     def _splits_to_measure(self) -> bool:
         """The batches of an accumulation window are parts already."""
         alone = self.ranks == 1 and self._trainer.accumulate_grad_batches == 1
-        by_examples = self._noise == "per_example" and self._automatic and self._time_parts
-        return self._taps and alone and (self._noise == "micro_batches" or by_examples)
+        return self._taps and alone and self._noise == "micro_batches"
 
     def measures_memory(self, samples: int) -> bool:
         """Whether to measure the memory of the next pass: never without a budget to keep."""
@@ -220,8 +219,11 @@ class UpdateExecutor:
 
     def _run(self, closure: Any, plain: Callable[[], Any], kwargs: Mapping[str, Any], batch_idx: int) -> Any:
         """The batch's gradients and outputs, attempted in ever smaller parts while memory runs out."""
-        if self._measure and self._noise == "probe" and self.ranks == 1:
-            self._run_probe(kwargs)
+        if self._measure and self.ranks == 1:
+            if self._time_parts and self._noise != "micro_batches":
+                self._time_half(kwargs)
+            if self._noise == "probe":
+                self._run_probe(kwargs)
         if not self._recovers:
             self._check_first(kwargs)
             result = self._attempt(closure, plain, kwargs, self._sizes(split=self._splits_to_measure))
@@ -356,6 +358,18 @@ class UpdateExecutor:
         self.limit.failed(failed)
         self.failures.append(f"out of memory at a micro-batch of {failed}, at most {self.limit.learned} from here on")
         free_memory(self._trainer.strategy.root_device)
+
+    def _time_half(self, kwargs: Mapping[str, Any]) -> None:
+        """What a pass over half of the batch takes; everything is put back."""
+        size = self._sizes(split=True)[0]
+        if size == self._samples:
+            return
+        trial = Trial(self._trainer, self._module)
+        with trial.undone():
+            started = mark(self._device)
+            self._trial_pass(trial, kwargs, size)
+            self.pass_seconds.append(Elapsed(started, mark(self._device), self._wait * size / self._samples))
+            self.pass_sizes.append(size)
 
     def _run_probe(self, kwargs: Mapping[str, Any]) -> None:
         """Measure the parts of this batch by passes of their own."""

@@ -387,7 +387,7 @@ class AdaptiveBatchSize(CallbackBase):
         if not self._window:
             self._window_started = now - waited
             noise = not self._manual and "noise" in self._controller.needs
-            measure = noise and measures_noise(self._updates, self._executor.noise_rate)
+            measure = noise and measures_noise(self._updates, self._executor.noise_schedule)
             self._executor.start_update(measure=measure, watch=noise, time_parts=self._controller.times_parts)
             self._window_rows = self._window_samples = 0
         self._window.append(draw)

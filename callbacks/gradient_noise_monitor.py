@@ -20,7 +20,7 @@ from adaptive_batch.noise import GradientNoiseScale
 from adaptive_batch.noise.per_example import Unmeasurable
 from adaptive_batch.noise.preconditioning import AdamMetric
 from adaptive_batch.noise.sample import NoiseSample
-from adaptive_batch.noise.schedule import RATE, measures_noise
+from adaptive_batch.noise.schedule import PARTS, Schedule, measures_noise
 from adaptive_batch.noise.sources import NoiseSource, check_source, choose_source, make_source
 from adaptive_batch.noise.subset import SubsetSource
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientNoiseMonitor"]
 
-_PROBE_RATE = 1.0
-"""Of the schedule of probes, each of which costs about an update: ``1 / sqrt(u)`` of ``u`` updates."""
+_PROBES = Schedule(0, 1)
+"""Each probe costs about an update: they are ``1 / sqrt(u)`` of ``u`` updates."""
 
 _FIT_PARTS = 8
 """Of a probe that fits a slope: with few parts one measurement of the variance is little more than a guess."""
@@ -190,7 +190,7 @@ class GradientNoiseMonitor(CallbackBase):
             return True
         if self._every is not None:
             return self._updates % self._every == 0
-        return measures_noise(self._updates, RATE if self._source is not None else _PROBE_RATE)
+        return measures_noise(self._updates, PARTS if self._source is not None else _PROBES)
 
     def _probed(self, trainer: Trainer, batch: Any, batch_idx: int, parts: int = 2) -> NoiseSample | None:
         assert self._probe is not None

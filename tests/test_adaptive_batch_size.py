@@ -268,7 +268,7 @@ class TestBooks:
     def test_schedule_clock_gain_advances_with_adascale_progress(self) -> None:
         model = Classifier("lambda")
         callback = AdaptiveBatchSize(Constant(64), max_batch_size=64, adjust_every=1, schedule_clock="gain")
-        made = fit(model, loader(), [callback])
+        made = fit(model, loader(), [callback], max_epochs=1)
         # Without an identified noise scale an update is worth one of the reference size.
         assert math.isnan(callback.history.updates[-1].noise_scale)
         assert made.lr_scheduler_configs[0].scheduler.last_epoch == made.global_step

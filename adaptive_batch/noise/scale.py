@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -34,10 +35,13 @@ ones wait, in proportion to the square of its quantile.
 """
 
 
-_STATE = {"memory", "blocks", "open", "decay", "since", "measurements", "skipped"}
+_STATE = {"memory", "blocks", "decay", "total", "since", "measurements", "skipped"}
 
 _FINENESS = 2 * MAX_BLOCKS
 """A block is closed once it has one part in so many of all weight, so that a long run closes one now and then."""
+
+_SMALLEST = 1e-100
+"""Weights are kept divided by what they have decayed since; before that is too small they are multiplied out."""
 
 
 class GradientNoiseScale:
@@ -96,11 +100,11 @@ class GradientNoiseScale:
 
     def reset(self) -> None:
         """Forget all measurements; ``memory`` stays."""
-        # [K, 5], oldest first: of each block the weight and mean of |g_B|^2, and the weight of the measured
-        # updates with their means of tr(Sigma) / B and tr(Sigma).
-        self._blocks: Array = np.empty((0, 5))
-        self._decay = 1.0  # of the blocks' weights since the last one was closed
-        self._open = (0.0, 0.0, 0.0, 0.0, 0.0)  # the same of the newest block, sums in the place of means
+        # Oldest first: sums over the updates of a block of the weight, |g_B|^2 times the weight, and of its measured
+        # updates the weight, and tr(Sigma) / B and tr(Sigma) times the weight. The weights have yet to decay.
+        self._blocks: list[list[float]] = [[0.0] * 5]
+        self._decay = 1.0
+        self._total = 0.0  # weight of all blocks but the last
         self._since = 0.0  # samples since the last measured update
         self._measurements = 0
         self._skipped = 0
@@ -145,29 +149,41 @@ class GradientNoiseScale:
         """One more update; without ``grad_variance`` its norm alone."""
         self._answers.clear()
         self._since += size
-        kept = math.exp(-size / self.memory)
-        new = -math.expm1(-size / self.memory)
-        weight, norms, measured, shares, variances = (kept * value for value in self._open)
-        weight, norms = weight + new, norms + new * sq_norm
+        self._decay *= math.exp(-size / self.memory)
+        if self._decay < _SMALLEST:
+            self._multiply_out()
+        newest = self._blocks[-1]
+        weight = -math.expm1(-size / self.memory) / self._decay
+        newest[0] += weight
+        newest[1] += weight * sq_norm
         if grad_variance is not None:
-            new = -math.expm1(-self._since / self.memory)
-            measured, self._since = measured + new, 0.0
-            shares, variances = shares + new * grad_variance / size, variances + new * grad_variance
-        self._open = (weight, norms, measured, shares, variances)
-        self._decay *= kept
-        if _FINENESS * weight >= self._decay * self._blocks[:, 0].sum():
-            self._blocks, self._decay, self._open = self._rows, 1.0, (0.0, 0.0, 0.0, 0.0, 0.0)
-            if len(self._blocks) > MAX_BLOCKS:
-                self._blocks = _join_lightest_pair(self._blocks)
+            weight = -math.expm1(-self._since / self.memory) / self._decay
+            self._since = 0.0
+            newest[2] += weight
+            newest[3] += weight * grad_variance / size
+            newest[4] += weight * grad_variance
+        if _FINENESS * newest[0] >= self._total:
+            self._total += newest[0]
+            self._blocks.append([0.0] * 5)
+            if len(self._blocks) > MAX_BLOCKS + 1:
+                _join_lightest_pair(self._blocks)
+
+    def _multiply_out(self) -> None:
+        blocks = ([self._decay * value for value in block] for block in self._blocks[:-1])
+        self._blocks = [block for block in blocks if block[0] > 0] + [[self._decay * v for v in self._blocks[-1]]]
+        self._total = sum(block[0] for block in self._blocks[:-1])
+        self._decay = 1.0
 
     @property
     def _rows(self) -> Array:
-        """All blocks with their present weights."""
-        rows = self._blocks.copy()
-        rows[:, (0, 2)] *= self._decay
-        # A weight can decay to nothing when an update is much larger than the memory.
-        rows = rows[rows[:, 0] > 0]
-        return np.vstack([rows, _means(self._open)]) if self._open[0] > 0 else rows
+        """``[K, 5]``: the blocks with means in the place of sums."""
+        sums = np.array([block for block in self._blocks if block[0] > 0]).reshape(-1, 5)
+        if len(sums):
+            sums /= sums[:, 0].max()  # weights count only beside each other
+        weights = sums[:, (0, 0, 2, 2, 2)]
+        means: Array = np.divide(sums, weights, out=np.zeros_like(sums), where=weights > 0)
+        means[:, (0, 2)] = sums[:, (0, 2)]
+        return means
 
     @property
     def measurements(self) -> int:
@@ -243,9 +259,9 @@ class GradientNoiseScale:
         """``memory``, the blocks and the counts, as plain numbers and lists."""
         return {
             "memory": self.memory,
-            "blocks": self._blocks.tolist(),
-            "open": list(self._open),
+            "blocks": [list(block) for block in self._blocks],
             "decay": self._decay,
+            "total": self._total,
             "since": self._since,
             "measurements": self._measurements,
             "skipped": self._skipped,
@@ -263,35 +279,24 @@ class GradientNoiseScale:
                 f"a noise scale's state has {', '.join(sorted(_STATE))}, not {found}; load what state_dict() returned."
             )
         memory, blocks = _checked_memory(state["memory"]), _checked_blocks(state["blocks"])
-        newest = _checked_numbers("open", state["open"], 5)
-        decay, since = _checked_numbers("decay and since", [state["decay"], state["since"]], 2)
+        numbers = [state["decay"], state["total"], state["since"]]
+        decay, total, since = _checked_numbers("decay, total and since", numbers, 3)
         measurements = _checked_count("measurements", state["measurements"])
         skipped = _checked_count("skipped", state["skipped"])
-        holding = int((blocks[:, 2] > 0).sum()) + (newest[2] > 0)
-        if measurements < holding or (measurements > 0 and not holding):
+        holding = sum(block[2] > 0 for block in blocks)
+        if measurements < holding or (measurements > 0 and not holding) or not decay > 0:
             raise ValueError(f"{measurements} measurements do not go with the blocks; load what state_dict() returned.")
-        self.memory, self._blocks, self._decay, self._since = memory, blocks, decay, since
-        self._open = (newest[0], newest[1], newest[2], newest[3], newest[4])
+        self.memory, self._blocks, self._since = memory, blocks, since
+        self._decay, self._total = decay, total
         self._measurements, self._skipped = measurements, skipped
         self._answers.clear()
 
 
-def _means(sums: Sequence[float]) -> list[float]:
-    """A block's row from its sums."""
-    weight, norms, measured, shares, variances = sums
-    if not measured:
-        return [weight, norms / weight, 0.0, 0.0, 0.0]
-    return [weight, norms / weight, measured, shares / measured, variances / measured]
-
-
-def _join_lightest_pair(blocks: Array) -> Array:
-    """The blocks with those two neighbours as one that have the least weight together."""
-    weights = blocks[:, 0]
-    first = int(np.argmin(weights[:-1] + weights[1:]))
-    pair = blocks[first : first + 2]
-    (weight, measured) = pair[:, (0, 2)].sum(0)
-    sums = [weight, pair[:, 0] @ pair[:, 1], measured, *(pair[:, 2] @ pair[:, 3:])]
-    return np.vstack([blocks[:first], _means(sums), blocks[first + 2 :]])
+def _join_lightest_pair(blocks: list[list[float]]) -> None:
+    """Make one of those two neighbours that have the least weight together; not the last, which is open."""
+    pairs = [a + b for a, b in pairwise(block[0] for block in blocks[:-1])]
+    first = pairs.index(min(pairs))
+    blocks[first] = [a + b for a, b in zip(blocks[first], blocks.pop(first + 1), strict=True)]
 
 
 def _degrees_of_freedom(rows: Array, norm_influence: Array, share_influence: Array) -> float:
@@ -324,15 +329,12 @@ def _checked_numbers(name: str, numbers: object, count: int) -> list[float]:
     return [float(number) for number in found]
 
 
-def _checked_blocks(rows: object) -> Array:
-    try:
-        blocks = np.array(rows, dtype=float).reshape(-1, 5) if rows else np.empty((0, 5))
-        valid = len(blocks) == len(rows) <= MAX_BLOCKS  # type: ignore[arg-type]  # refused below
-    except (TypeError, ValueError):
-        valid = False
-    if not valid or not np.isfinite(blocks).all() or not (blocks[:, 0] > 0).all() or not (blocks[:, 2] >= 0).all():
+def _checked_blocks(rows: object) -> list[list[float]]:
+    valid = isinstance(rows, list) and 1 <= len(rows) <= MAX_BLOCKS + 1
+    blocks = [_checked_numbers("a block", row, 5) for row in rows] if valid else []  # type: ignore[attr-defined]
+    if not valid or any(row[0] < 0 or row[2] < 0 for row in blocks) or not all(row[0] for row in blocks[:-1]):
         raise ValueError(
-            f"blocks must be at most {MAX_BLOCKS} rows of a positive weight and a mean, and a weight and two means; "
+            f"blocks must be 1 to {MAX_BLOCKS + 1} rows of five sums, the weights positive; "
             "load what state_dict() returned."
         )
     return blocks

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
-__all__ = ["measures_noise"]
-
-RATE = 3.0
-"""For measurements by the parts of an update, which are many times less exact than those by examples."""
-
-EXAMPLES_RATE = 1.5
-"""For measurements by the norms of single examples."""
+__all__ = ["EXAMPLES", "PARTS", "Schedule", "measures_noise"]
 
 
-def measures_noise(update: int, rate: float = RATE) -> bool:
+class Schedule(NamedTuple):
+    """Of the first ``u`` updates ``first + rate sqrt(u)`` are measured, and all while that is more than ``u``.
+
+    Dense while the noise scale moves by orders of magnitude, ever sparser as it settles, with the measurements'
+    share of the run, and their cost, going to zero.
+    """
+
+    first: float
+    rate: float
+
+
+PARTS = Schedule(0, 3)
+"""For measurements by the parts of an update."""
+
+EXAMPLES = Schedule(8, 1)
+"""For measurements by the norms of single examples, which say as much as many of those by parts."""
+
+
+def measures_noise(update: int, schedule: Schedule = PARTS) -> bool:
     """Whether update ``update`` (from 0) is one of the measured ones.
 
-    After ``u`` updates ``rate sqrt(u)`` have been, and all while ``u`` is below ``rate^2``: dense while the
-    noise scale moves by orders of magnitude, ever sparser as it settles, with the measurements' share of
-    the run, and their cost, going to zero. It depends on the count alone, so a resumed run measures the
-    same updates.
+    It depends on the count alone, so a resumed run measures the same updates.
     """
-    return math.floor(_measured(update + 1, rate)) > math.floor(_measured(update, rate))
+    return math.floor(_measured(update + 1, schedule)) > math.floor(_measured(update, schedule))
 
 
-def _measured(updates: int, rate: float) -> float:
-    return min(float(updates), rate * math.sqrt(updates))
+def _measured(updates: int, schedule: Schedule) -> float:
+    return min(float(updates), schedule.first + schedule.rate * math.sqrt(updates))
