@@ -34,6 +34,7 @@ class Delicate(nn.Module):
         layers: list[nn.Module] = [nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2)]
         self.net = nn.Sequential(*layers[:1], *([nn.BatchNorm1d(16)] if norm else []), *layers[1:])
         self.frozen = nn.Parameter(torch.ones(()))  # trained by nobody: its gradient is never cleared
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.generator = torch.Generator().manual_seed(5)
         self.sizes: list[int] = []
