@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, cast
@@ -22,7 +23,7 @@ from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
 from adaptive_batch.executor import BatchClosure, Executor, LossFn
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.iterable import Requests
-from adaptive_batch.layers import warn_of_splitting
+from adaptive_batch.layers import batch_dependent_layers, warn_of_splitting
 from adaptive_batch.lr_scaling import scaled_lr
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.memory import parse_budget, usable_memory
@@ -139,6 +140,7 @@ class _Trainer:
         plain = self._start_sampler(sampler, self._batch_size(own, samples), samples)
         self._start_fit(sampler, samples)
         executor = self._make_executor()
+        self._warn_of_unknown_noise(executor)
         self.model.train()
         total = None if samples is None else samples * epochs - self._position
         with tqdm(total=total, unit=" samples", disable=not self._progress, leave=False) as bar:
@@ -359,10 +361,21 @@ class _Trainer:
             self.history.add(Update(**record, throughput=throughput, seconds=seconds, loss=loss))
         self._unread.clear()
 
+    @property
+    def _needs_noise(self) -> bool:
+        return self._controller is not None and "noise" in self._controller.needs
+
     def _measures(self) -> bool:
         """Whether the next update is one whose noise is measured."""
-        controller = self._controller
-        return controller is not None and "noise" in controller.needs and measures_noise(self._updates)
+        return self._needs_noise and measures_noise(self._updates)
+
+    def _warn_of_unknown_noise(self, executor: Executor) -> None:
+        if self._needs_noise and not executor.measurable:
+            warnings.warn(
+                f"{batch_dependent_layers(self.model)[0]} looks across the batch, so no update is split to measure the "
+                "gradient noise, and what needs it changes nothing; choose a policy and an lr_scaling that do not.",
+                stacklevel=3,
+            )
 
     def _remark(self, failures: list[str], sampler: AdaptiveBatchSampler) -> None:
         size = sampler.batch_size

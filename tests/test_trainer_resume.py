@@ -140,6 +140,21 @@ def test_a_state_saved_after_an_error_is_that_of_the_last_whole_update() -> None
     assert remaining[0] == remaining[1]
 
 
+def test_with_another_number_of_workers_each_sample_is_still_seen_once() -> None:
+    lines, states = uninterrupted("wander", loader(2))
+    rest = resumed("wander", loader(0), states[4])
+    assert each_sample_once_an_epoch(lines[:5] + rest)
+    assert rest[0][5] == lines[5][5]
+
+
+def test_under_a_policy_that_reads_the_clock_the_restored_state_is_exact() -> None:
+    _, states = uninterrupted("goodput", loader())
+    trainer = build("goodput")
+    for state in states[::7]:
+        trainer.load_state_dict(loaded(state))
+        assert repr(trainer.state_dict()["controller"]) == repr(loaded(state)["controller"])  # NaN included
+
+
 def test_the_history_and_the_counts_go_on() -> None:
     trainer = build("wander")
     states: list[bytes] = []

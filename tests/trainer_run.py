@@ -45,6 +45,7 @@ POLICIES: dict[str, Callable[[], Any]] = {
     "wander": Wander,
     "noise_scale": lambda: "noise_scale",
     "constant": lambda: "constant",
+    "goodput": lambda: "goodput",
 }
 
 
@@ -71,7 +72,7 @@ def build(policy: str, *, micro_batch_size: Any = None, seed: int | None = None)
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.002, total_steps=1 + EPOCHS * -(-SAMPLES // B0))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.002, total_steps=EPOCHS * -(-SAMPLES // B0))
     # Two updates of noise are evidence enough here, so that the measured policy changes the size often.
     controller = BatchSizeController(
         POLICIES[policy](), lr_scaling="adascale", min_batch_size=2, adjust_every=3, quantize=False
