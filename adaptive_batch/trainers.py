@@ -142,7 +142,7 @@ class _Trainer:
         executor = self._make_executor()
         self._warn_of_unknown_noise(executor)
         self.model.train()
-        total = None if samples is None else samples * epochs - self._position
+        total = None if samples is None else max(0, samples * epochs - self._position)
         with tqdm(total=total, unit=" samples", disable=not self._progress, leave=False) as bar:
             try:
                 for _ in range(epochs):
@@ -418,7 +418,7 @@ class _Trainer:
         Raises:
             ValueError: if the state is incomplete, or is of a trainer with other parts.
         """
-        missing = [name for name in _STATE if name not in state]
+        missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise ValueError(f"this is not the state of a trainer: {', '.join(missing)} missing.")
         for name, part in {"scheduler": self.scheduler, "controller": self._controller}.items():
@@ -441,23 +441,6 @@ class _Trainer:
         self._samples, self._position = state["samples"], state["position"]
         self._unread.clear()
         self._restored = {"sampler": state["sampler"], "random": state["random"]}
-
-
-_STATE = (
-    "epoch",
-    "updates",
-    "samples",
-    "position",
-    "model",
-    "optimizer",
-    "scheduler",
-    "controller",
-    "clock",
-    "micro_batches",
-    "history",
-    "sampler",
-    "random",
-)
 
 
 class FixedBatchTrainer(_Trainer):
