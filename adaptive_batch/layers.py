@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_dependent_layers", "is_compiled"]
+__all__ = ["batch_dependent_layers", "is_compiled", "warn_of_splitting"]
 
 
 def batch_dependent_layers(module: nn.Module) -> list[str]:
@@ -25,3 +27,14 @@ def is_compiled(module: nn.Module) -> bool:
         for part in module.modules()
         for name in ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")  # the last one is Lightning's
     )
+
+
+def warn_of_splitting(module: nn.Module) -> None:
+    """One warning that names the first of these layers, if there is one, where updates may be split."""
+    layers = batch_dependent_layers(module)
+    if layers:
+        warnings.warn(
+            f"{layers[0]} looks across the batch: an update that is split, which happens only where "
+            "memory demands it, normalises over its micro-batches.",
+            stacklevel=3,
+        )

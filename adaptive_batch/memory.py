@@ -31,6 +31,7 @@ __all__ = [
     "measure_memory",
     "parse_budget",
     "resident_bytes",
+    "usable_memory",
 ]
 
 _RING = 32  # passes remembered per size
@@ -313,6 +314,11 @@ def device_budget(device: torch.device | str) -> int | None:
     fraction = 1.0 if read_fraction is None else read_fraction(device)
     usable = min(free + torch.cuda.memory_reserved(device), fraction * total)
     return int(usable * (1 - _MARGIN))
+
+
+def usable_memory(budget: int | float | str | None, device: torch.device) -> int | None:
+    """The user's budget in bytes; without one :func:`device_budget`, so ``None`` on a CPU: no bound."""
+    return device_budget(device) if budget is None else parse_budget(budget, device_memory(device))
 
 
 def allocated_bytes(device: torch.device | str) -> int:

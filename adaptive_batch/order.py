@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-__all__ = ["SeededOrder", "get_generator", "order_restored", "order_state", "set_epoch", "set_generator"]
+__all__ = [
+    "SeededOrder",
+    "get_generator",
+    "global_random_state",
+    "order_restored",
+    "order_state",
+    "set_epoch",
+    "set_generator",
+    "set_global_random_state",
+]
 
 
 class SeededOrder(Sampler[Any]):
@@ -78,7 +87,8 @@ def set_epoch(source: Any, epoch: int) -> None:
             return
 
 
-def _global_random_state() -> dict[str, Any]:
+def global_random_state() -> dict[str, Any]:
+    """The states of torch's (on the CPU), NumPy's and Python's global generators, as plain numbers and tensors."""
     _, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
     version, internal, gauss = random.getstate()
     return {
@@ -88,7 +98,8 @@ def _global_random_state() -> dict[str, Any]:
     }
 
 
-def _set_global_random_state(state: dict[str, Any]) -> None:
+def set_global_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what :func:`global_random_state` gave."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(("MT19937", *state["numpy"]))
     version, internal, gauss = state["python"]
@@ -99,7 +110,7 @@ def order_state(source: Any) -> dict[str, Any]:
     """All that the order of the next pass follows from."""
     epochs = (getattr(sampler, "epoch", None) for sampler in _chain(source))
     return {
-        **_global_random_state(),
+        **global_random_state(),
         "generator": get_generator(source),
         "epoch": next((epoch for epoch in epochs if isinstance(epoch, int)), None),
     }
@@ -108,12 +119,12 @@ def order_state(source: Any) -> dict[str, Any]:
 @contextmanager
 def order_restored(source: Any, order: dict[str, Any]) -> Iterator[None]:
     """Draw as the interrupted epoch did; the global random states are given back as they were."""
-    before = _global_random_state()
-    _set_global_random_state(order)
+    before = global_random_state()
+    set_global_random_state(order)
     set_generator(source, order["generator"])
     if order["epoch"] is not None:
         set_epoch(source, order["epoch"])
     try:
         yield
     finally:
-        _set_global_random_state(before)
+        set_global_random_state(before)

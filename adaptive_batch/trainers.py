@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
+from adaptive_batch.arguments import check_choice, check_micro_batch_size
 from adaptive_batch.clocks import PlainEpoch, SampleClock
 from adaptive_batch.controller import BatchSizeController
 from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
+from adaptive_batch.executor import BatchClosure, Executor, LossFn
 from adaptive_batch.history import Change, History, Update
+from adaptive_batch.iterable import Requests
+from adaptive_batch.layers import batch_dependent_layers, warn_of_splitting
 from adaptive_batch.lr_scaling import scaled_lr
 from adaptive_batch.measurement import Measurement, read_numbers
-from adaptive_batch.micro_batching import balanced_sizes, split_batch
-from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
+from adaptive_batch.memory import parse_budget, usable_memory
+from adaptive_batch.micro_batch_limit import MicroBatchLimit
 from adaptive_batch.noise.schedule import measures_noise
+from adaptive_batch.pairs import Rows, no_collate, to_device
 from adaptive_batch.timing import Elapsed, mark
+from adaptive_batch.transaction import random_state, set_random_state
 
 __all__ = ["FixedBatchTrainer", "MiniBatchTrainer", "SGDTrainer"]
 
 Data = Dataset[Any] | DataLoader[Any] | tuple[Any, Any]
-LossFn = Callable[[Any, Any], Tensor]
 
 DEFAULT_BATCH_SIZE = 32
 _READ_EVERY = 10
-_PURPOSEFUL_PARTS = 2
 
 
 class _Trainer:
@@ -65,8 +69,27 @@ class _Trainer:
         self._epoch = 0
         self._samples = 0
         self._updates = 0
-        self._measurable = True
+        self._position = 0  # samples of the running epoch that were trained on
+        self._clock = SampleClock()
+        self._limit = MicroBatchLimit()
+        self._sampler: AdaptiveBatchSampler | None = None
+        self._restored: Mapping[str, Any] | None = None  # a state that the next epoch continues
         self._unread: list[tuple[dict[str, Any], Tensor]] = []
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are complete."""
+        return self._epoch
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates made."""
+        return self._updates
+
+    @property
+    def samples(self) -> int:
+        """Samples trained on, over all epochs."""
+        return self._samples
 
     # The plan: what the subclasses choose.
 
@@ -78,20 +101,24 @@ class _Trainer:
         """Whether an epoch's order is drawn anew."""
         return True
 
+    def _make_executor(self) -> Executor:
+        """What runs the updates of a fit."""
+        return Executor(self.model, self.loss_fn, self.optimizer, limit=self._limit)
+
     _controller: BatchSizeController | None = None
-    _micro_batch_size: int | None = None
     _largest: int | None = None  # the controller's own bound, before that of the data
 
     # The loop.
 
-    def fit(self, data: Data, epochs: int = 1) -> History:
-        """Train for ``epochs`` more epochs.
+    def fit(self, data: Data, epochs: int = 1, *, after_update: Callable[[Any], object] | None = None) -> History:
+        """Train for ``epochs`` more epochs; the rest of one that a loaded state is in the middle of counts as one.
 
         Args:
             data: a ``Dataset`` of ``(x, y)`` pairs, a ``DataLoader`` of ``(x, y)`` batches, whose order is
                 kept, or a tuple ``(X, y)`` of arrays or tensors with one sample per row, of which those in
                 floating point are converted to the model's data type.
             epochs: passes over the data.
+            after_update: called with this trainer after each update, to save :meth:`state_dict` now and then.
 
         Returns:
             The history of this trainer, from its first epoch on.
@@ -99,7 +126,8 @@ class _Trainer:
         Raises:
             TypeError: if ``data`` is none of these, or its batches are no pairs.
             ValueError: if ``epochs`` is not a whole number from 0 on, ``X`` and ``y`` differ in length, there
-                is no sample or no batch, the loader cannot be resized, or the loss is not a single number.
+                is no sample or no batch, the loader cannot be resized, the loss is not a single number, or a
+                loaded state does not fit the data.
         """
         if not isinstance(epochs, Integral) or isinstance(epochs, bool) or epochs < 0:
             raise ValueError(f"epochs={epochs!r} must be a whole number from 0 on.")
@@ -110,15 +138,17 @@ class _Trainer:
             raise ValueError("the data has no samples; pass at least one.")
         own = sampler.batch_size if isinstance(data, DataLoader) else None
         plain = self._start_sampler(sampler, self._batch_size(own, samples), samples)
-        # Layers that look across the batch make an update in parts another one: not for a measurement's sake.
-        self._measurable = not any(isinstance(module, _BatchNorm) for module in self.model.modules())
+        self._start_fit(sampler, samples)
+        executor = self._make_executor()
+        self._warn_of_unknown_noise(executor)
         self.model.train()
-        total = None if samples is None else samples * epochs
+        total = None if samples is None else max(0, samples * epochs - self._position)
         with tqdm(total=total, unit=" samples", disable=not self._progress, leave=False) as bar:
             try:
                 for _ in range(epochs):
-                    self._run_epoch(loader, sampler, plain, bar)
+                    self._run_epoch(loader, sampler, plain, executor, bar, after_update)
                     self._epoch += 1
+                    self._position = 0
             finally:
                 self._read()
         return self.history
@@ -126,7 +156,7 @@ class _Trainer:
     def _loader(self, data: Data) -> DataLoader[Any]:
         if isinstance(data, DataLoader):
             return data
-        dataset = _Rows(*data, self._dtype) if isinstance(data, tuple) and len(data) == 2 else data
+        dataset = Rows(*data, self._dtype) if isinstance(data, tuple) and len(data) == 2 else data
         if not isinstance(dataset, Dataset):
             raise TypeError(
                 f"data of type {type(data).__name__} cannot be trained on; "
@@ -137,7 +167,7 @@ class _Trainer:
             batch_size=DEFAULT_BATCH_SIZE,
             shuffle=self._shuffles(dataset),
             generator=self._generator,
-            collate_fn=_no_collate if isinstance(dataset, _Rows) else None,
+            collate_fn=no_collate if isinstance(dataset, Rows) else None,
         )
 
     def _shuffles(self, dataset: Dataset[Any]) -> bool:
@@ -154,10 +184,6 @@ class _Trainer:
     def _dtype(self) -> torch.dtype:
         floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return next(floating, torch.get_default_dtype())
-
-    @property
-    def _device(self) -> torch.device:
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def _start_sampler(self, sampler: AdaptiveBatchSampler, size: int, samples: int | None) -> PlainEpoch:
         """Set the size that training starts with; returns what an epoch is at the reference size."""
@@ -192,28 +218,72 @@ class _Trainer:
         controller.max_batch_size = largest
         return reference, controller.batch_size or reference
 
+    def _start_fit(self, sampler: AdaptiveBatchSampler, samples: int | None) -> None:
+        """Take up what a loaded state left; without one an epoch starts."""
+        self._sampler = sampler
+        if self._restored is None:
+            self._position = 0
+            return
+        if self._position > 0 and isinstance(sampler, Requests):
+            raise ValueError(
+                "the state is of the middle of an epoch, but only an iterable data set itself could know where it "
+                "stands; save the state between two fits."
+            )
+        if samples is not None and self._position > samples:
+            raise ValueError(
+                f"the state is of {self._position} samples into an epoch, but the data has only {samples}; "
+                "pass the data that the state was saved with."
+            )
+        if self._restored["sampler"] is not None:
+            size = sampler.batch_size
+            sampler.load_state_dict(self._restored["sampler"])
+            sampler.batch_size = size
+
     def _run_epoch(
-        self, loader: DataLoader[Any], sampler: AdaptiveBatchSampler, plain: PlainEpoch, bar: tqdm[Any]
+        self,
+        loader: DataLoader[Any],
+        sampler: AdaptiveBatchSampler,
+        plain: PlainEpoch,
+        executor: Executor,
+        bar: tqdm[Any],
+        after_update: Callable[[Any], object] | None,
     ) -> None:
         sampler.set_epoch(self._epoch)
-        clock = SampleClock()
-        position = 0
+        if self._position == 0:
+            self._clock.start_epoch()
         last_mark = None
-        for batch in loader:
-            draw = sampler.draws.popleft()
-            started = last_mark or mark(self._device)
+        for batch in self._batches(loader):
+            draw = sampler.draws[0]
+            started = last_mark or mark(executor.device)
             factor = self._factor(draw)
-            update = _Update(self, _to_device(batch, self._device), draw.size)
+            closure = executor.closure(to_device(batch, executor.device), draw.size, measure=self._measures())
             with scaled_lr(self.optimizer, factor):
-                self.optimizer.step(update.closure)  # type: ignore[arg-type]  # tensors are welcome
-            last_mark = mark(self._device)
-            self._end_update(update, draw, factor, Elapsed(started, last_mark), sampler)
-            position = draw.position
-            self._step_scheduler(clock.advance(plain, position, 1.0, last=False))
+                self.optimizer.step(closure)  # type: ignore[arg-type]  # tensors are welcome
+            last_mark = mark(executor.device)
+            sampler.draws.popleft()  # consumed only now, also for a state that is saved after an error
+            self._position = draw.position
+            self._end_update(closure, draw, factor, Elapsed(started, last_mark), sampler)
+            self._remark(executor.failures, sampler)
+            self._step_scheduler(self._clock.advance(plain, self._position, 1.0, last=False))
             bar.update(draw.size)
+            if after_update is not None:
+                after_update(self)
+                last_mark = mark(executor.device)
         # Only now is it certain that the epoch has ended: a resize can add a batch to it, or drop one.
-        self._step_scheduler(clock.advance(plain, position, 1.0, last=True))
+        self._step_scheduler(self._clock.advance(plain, self._position, 1.0, last=True))
         sampler.end_epoch()
+
+    def _batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """An epoch's batches; random numbers go on where a loaded state left them."""
+        restored, self._restored = self._restored, None
+        if restored is None:
+            return iter(loader)
+        if self._position == 0:  # the state was saved before the epoch's loader drew its seed, so it draws it
+            set_random_state(self.model, restored["random"])
+            return iter(loader)
+        batches = iter(loader)
+        set_random_state(self.model, restored["random"])
+        return batches
 
     def _step_scheduler(self, due: Sequence[int]) -> None:
         for _ in due if self.scheduler is not None else ():
@@ -228,31 +298,31 @@ class _Trainer:
         return controller.lr_factor(draw.size)
 
     def _end_update(
-        self, update: _Update, draw: Draw, factor: float, elapsed: Elapsed, sampler: AdaptiveBatchSampler
+        self, closure: BatchClosure, draw: Draw, factor: float, elapsed: Elapsed, sampler: AdaptiveBatchSampler
     ) -> None:
         self._updates += 1
         self._samples += draw.size
         controller = self._controller
         if controller is not None:
-            self._observe(controller, update, elapsed, sampler)
+            self._observe(controller, closure, elapsed, sampler)
         record = {
             "step": self._updates,
             "epoch": self._epoch,
             "samples": self._samples,
             "batch_size": draw.size,
-            "micro_batch_size": update.sizes[0],
+            "micro_batch_size": max(closure.pass_sizes, default=draw.size),
             "lr_scale": factor,
             "noise_scale": math.nan if controller is None else controller.noise_scale,
             "seconds": elapsed,
         }
-        self._unread.append((record, update.loss))
+        self._unread.append((record, closure.loss))
         if len(self._unread) >= _READ_EVERY:
             self._read()
 
     def _observe(
         self,
         controller: BatchSizeController,
-        update: _Update,
+        closure: BatchClosure,
         elapsed: Elapsed,
         sampler: AdaptiveBatchSampler,
     ) -> None:
@@ -260,16 +330,16 @@ class _Trainer:
             update=self._updates,
             epoch=self._epoch,
             samples=self._samples,
-            batch_size=update.samples,
-            reference_batch_size=controller.reference_batch_size or update.samples,
+            batch_size=closure.samples,
+            reference_batch_size=controller.reference_batch_size or closure.samples,
             lr=float(self.optimizer.param_groups[0].get("lr", math.nan)),
-            loss=update.loss,
+            loss=closure.loss,
             seconds=elapsed,
-            part_sq_norms=update.part_sq_norms,
-            part_sizes=update.part_sizes,
-            pass_sizes=update.pass_sizes,
-            pass_seconds=update.pass_seconds,
-            sq_norm=update.sq_norm,
+            part_sq_norms=closure.part_sq_norms,
+            part_sizes=closure.part_sizes,
+            pass_sizes=closure.pass_sizes,
+            pass_seconds=closure.pass_seconds,
+            sq_norm=closure.sq_norm,
         )
         decision = controller.observe(measurement)
         if decision is not None:
@@ -291,15 +361,86 @@ class _Trainer:
             self.history.add(Update(**record, throughput=throughput, seconds=seconds, loss=loss))
         self._unread.clear()
 
-    def _parts(self, samples: int) -> tuple[list[int], bool]:
-        """Sizes of an update's passes, and whether their gradients are measured."""
-        largest = min(samples, self._micro_batch_size or samples)
-        controller = self._controller
-        needed = controller is not None and "noise" in controller.needs and self._measurable
-        measured = needed and samples >= _PURPOSEFUL_PARTS and measures_noise(self._updates)
-        if measured:
-            largest = min(largest, -(-samples // _PURPOSEFUL_PARTS))
-        return balanced_sizes(samples, largest), measured
+    @property
+    def _needs_noise(self) -> bool:
+        return self._controller is not None and "noise" in self._controller.needs
+
+    def _measures(self) -> bool:
+        """Whether the next update is one whose noise is measured."""
+        return self._needs_noise and measures_noise(self._updates)
+
+    def _warn_of_unknown_noise(self, executor: Executor) -> None:
+        if self._needs_noise and not executor.measurable:
+            warnings.warn(
+                f"{batch_dependent_layers(self.model)[0]} looks across the batch, so no update is split to measure the "
+                "gradient noise, and what needs it changes nothing; choose a policy and an lr_scaling that do not.",
+                stacklevel=3,
+            )
+
+    def _remark(self, failures: list[str], sampler: AdaptiveBatchSampler) -> None:
+        size = sampler.batch_size
+        self.history.notes.extend(self._change(size, size, failure) for failure in failures)
+        failures.clear()
+
+    # Resuming.
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run goes on from: what is trained, the position in the data, random states, what was learned.
+
+        Plain numbers and tensors, for ``torch.save`` and ``torch.load(weights_only=True)``. To be taken in
+        ``after_update``, or while no fit runs; the tensors of model and optimizer are the live ones.
+        """
+        self._read()
+        parts = {"scheduler": self.scheduler, "controller": self._controller, "sampler": self._sampler}
+        state: dict[str, Any] = {
+            "epoch": self._epoch,
+            "updates": self._updates,
+            "samples": self._samples,
+            "position": self._position,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "clock": self._clock.state_dict(),
+            "micro_batches": self._limit.state_dict(),
+            "history": self.history.state_dict(),
+            "random": random_state(self.model),
+            **{name: None if part is None else part.state_dict() for name, part in parts.items()},
+        }
+        if self._restored is not None:  # not taken up yet
+            state.update({name: self._restored[name] for name in ("random", "sampler")})
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave, into a trainer built alike.
+
+        Position and random states wait for the next fit, which repeats the rest of the uninterrupted run bit for
+        bit on the CPU, with the same data and number of workers, under every policy that does not read the clock.
+
+        Raises:
+            ValueError: if the state is incomplete, or is of a trainer with other parts.
+        """
+        missing = [name for name in self.state_dict() if name not in state]
+        if missing:
+            raise ValueError(f"this is not the state of a trainer: {', '.join(missing)} missing.")
+        for name, part in {"scheduler": self.scheduler, "controller": self._controller}.items():
+            if (state[name] is None) != (part is None):
+                has, lacks = ("trainer", "state") if state[name] is None else ("state", "trainer")
+                raise ValueError(f"the {has} has a {name} and the {lacks} has none; build the trainer as it was.")
+        for name in ("epoch", "updates", "samples", "position"):
+            if type(state[name]) is not int or state[name] < 0:
+                raise ValueError(f"the state of a trainer cannot have {name}={state[name]!r}.")
+        self.history.load_state_dict(state["history"])
+        self._limit.load_state_dict(state["micro_batches"])
+        self._clock.load_state_dict(state["clock"])
+        if self._controller is not None:
+            self._controller.load_state_dict(state["controller"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which would train the state's own tensors
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
+        self._epoch, self._updates = state["epoch"], state["updates"]
+        self._samples, self._position = state["samples"], state["position"]
+        self._unread.clear()
+        self._restored = {"sampler": state["sampler"], "random": state["random"]}
 
 
 class FixedBatchTrainer(_Trainer):
@@ -378,15 +519,22 @@ class MiniBatchTrainer(_Trainer):
         batch_size: samples per update, at the start; ``None`` is a DataLoader's own, otherwise 32.
         controller: decides about the size and scales the learning rate; ``None`` keeps both. Its reference
             size, if it has none, becomes ``batch_size``; no batch becomes larger than the data set.
-        micro_batch_size: most samples per forward/backward pass; ``None`` is no bound. The gradient stays
-            that of the whole batch, except in layers that look across it (BatchNorm).
+        micro_batch_size: most samples per forward/backward pass. ``"auto"``: what the memory model says, halved
+            when memory runs out all the same; a number: at most that, halved likewise; ``None``: never split,
+            and an out-of-memory error is an error. The gradient stays that of the whole batch, except in layers
+            that look across it (BatchNorm).
+        memory_budget: bytes that training may take: a number, ``"20GiB"``, or a fraction of the device; kept from the
+            first update on, which passes over ever more of its samples precede. ``None`` is what a GPU has; on a CPU
+            there is no bound. On a CPU the bytes are those saved for backward.
+        loss_reduction: whether ``loss_fn`` returns the ``"mean"`` or the ``"sum"`` over the samples it is given.
         scheduler: steps once per ``batch_size`` samples, so that it ends with the run whatever the sizes.
         seed: of the shuffling; ``None`` uses torch's global generator. A DataLoader brings its own order.
         progress: show a progress bar.
         history_size: updates kept in the history.
 
     Raises:
-        ValueError: for a size below 1, or a ``batch_size`` that is not the controller's reference size.
+        ValueError: for a size below 1, a ``batch_size`` that is not the controller's reference size, or another
+            argument that is not one of the above.
     """
 
     def __init__(
@@ -397,7 +545,9 @@ class MiniBatchTrainer(_Trainer):
         *,
         batch_size: int | None = None,
         controller: BatchSizeController | None = None,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | str | None = None,
+        memory_budget: int | float | str | None = None,
+        loss_reduction: str = "mean",
         scheduler: LRScheduler | None = None,
         seed: int | None = None,
         progress: bool = True,
@@ -406,7 +556,20 @@ class MiniBatchTrainer(_Trainer):
         options: dict[str, Any] = {"scheduler": scheduler, "seed": seed, "progress": progress}
         super().__init__(model, loss_fn, optimizer, **options, history_size=history_size)
         self._size = _check_size("batch_size", batch_size)
-        self._micro_batch_size = _check_size("micro_batch_size", micro_batch_size)
+        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        self._loss_reduction = loss_reduction
+        self._limit = MicroBatchLimit(largest=check_micro_batch_size(micro_batch_size))
+        self._splits = micro_batch_size is not None
+        self._memory_budget = memory_budget
+        if memory_budget is not None and not self._splits:
+            raise ValueError(
+                f"memory_budget={memory_budget!r} needs updates that can be split, but micro_batch_size is None; "
+                'set it to "auto".'
+            )
+        if isinstance(memory_budget, str):
+            parse_budget(memory_budget, None)  # a fraction waits for the device
+        if self._splits:
+            warn_of_splitting(model)
         self._controller = controller
         if controller is not None:
             self._largest = controller.max_batch_size
@@ -419,121 +582,19 @@ class MiniBatchTrainer(_Trainer):
     def _batch_size(self, own: int | None, samples: int | None) -> int:
         return self._size or own or DEFAULT_BATCH_SIZE
 
-
-class _Update:
-    """One update: its passes, and what they showed."""
-
-    def __init__(self, trainer: _Trainer, batch: tuple[Any, Any], samples: int) -> None:
-        self._trainer = trainer
-        self._batch = batch
-        self._calls = 0
-        self.samples = samples
-        self.sizes, self._measured = trainer._parts(samples)
-        self.loss = torch.full((), math.nan)
-        self.pass_sizes: list[int] = []
-        self.pass_seconds: list[Elapsed] = []
-        self.part_sq_norms: Sequence[Any] = ()
-        self.part_sizes: Sequence[int] = ()
-        self.sq_norm: Tensor | float = math.nan
-
-    def closure(self) -> Tensor:
-        """Gradient and loss of the whole batch, part by part."""
-        self._trainer.optimizer.zero_grad()
-        # An optimizer may call the closure many times; the first call is the one at the parameters of before.
-        first, self._calls = self._calls == 0, self._calls + 1
-        loss = self._measure() if first and self._measured else self._run(None)
-        if first:
-            self.loss = loss
-        return loss
-
-    def _measure(self) -> Tensor:
-        parameters = [p for group in self._trainer.optimizer.param_groups for p in group["params"]]
-        with PartNorms(parameters) as norms:
-            loss = self._run(norms)
-        total = grad_sq_norm(parameters)
-        if total is not None:
-            self.part_sq_norms, self.part_sizes, self.sq_norm = norms.sq_norms, norms.sizes, total
-        return loss
-
-    def _run(self, norms: PartNorms | None) -> Tensor:
-        whole = len(self.sizes) == 1
-        parts = [self._batch] if whole else split_batch(self._batch, self.sizes, self.samples)
-        losses = [self._run_part(part, size, norms) for part, size in zip(parts, self.sizes, strict=True)]
-        return losses[0] if whole else torch.stack(losses).sum()
-
-    def _run_part(self, part: tuple[Any, Any], size: int, norms: PartNorms | None) -> Tensor:
-        """Add the part's share of the mean gradient; returns its share of the mean loss."""
-        trainer = self._trainer
-        started = mark(trainer._device)
-        x, y = part
-        loss = trainer.loss_fn(trainer.model(x), y)
-        if loss.numel() != 1:
-            raise ValueError(
-                f"loss_fn returned {loss.numel()} numbers; it must return one, the mean over the batch's samples."
-            )
-        if size != self.samples:
-            loss = loss * (size / self.samples)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.pass_sizes.append(size)
-        self.pass_seconds.append(Elapsed(started, mark(trainer._device)))
-        if norms is not None:
-            norms.end_part(size, size / self.samples)
-        return loss.detach()
-
-
-class _Rows(Dataset[Any]):
-    """Rows of two arrays, fetched a batch at a time."""
-
-    def __init__(self, x: Any, y: Any, dtype: torch.dtype) -> None:
-        self.x, self.y = _as_tensor("X", x, dtype), _as_tensor("y", y, dtype)
-        if len(self.x) != len(self.y):
-            raise ValueError(f"X has {len(self.x)} samples and y has {len(self.y)}; they must have as many.")
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.x[index], self.y[index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.x[indices], self.y[indices]
-
-
-def _no_collate(batch: Any) -> Any:
-    return batch
-
-
-def _as_tensor(name: str, values: Any, dtype: torch.dtype) -> Tensor:
-    tensor = values if isinstance(values, Tensor) else _from_array(name, values)
-    if tensor.ndim == 0:
-        raise ValueError(f"{name} is a single number; it must have one sample per row.")
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _from_array(name: str, values: Any) -> Tensor:
-    array = np.require(values, requirements=["C", "W"])  # what a tensor can share memory with
-    if array.dtype.kind not in "biufc":
-        raise TypeError(f"{name} holds values of type {array.dtype.name}; it must hold numbers.")
-    return torch.from_numpy(array)
-
-
-def _to_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        count = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-        raise TypeError(f"a batch must be a pair (x, y), but the data gave a {type(batch).__name__}{count}.")
-    x, y = batch
-    return _moved(x, device), _moved(y, device)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if hasattr(value, "to"):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(entry, device) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        entries = [_moved(entry, device) for entry in value]
-        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
-    return value
+    def _make_executor(self) -> Executor:
+        executor = Executor(
+            self.model,
+            self.loss_fn,
+            self.optimizer,
+            limit=self._limit,
+            loss_reduction=self._loss_reduction,
+            recovers=self._splits,
+            explores=self._memory_budget is not None,
+        )
+        if self._splits:
+            self._limit.budget = usable_memory(self._memory_budget, executor.device)
+        return executor
 
 
 def _samples(sampler: AdaptiveBatchSampler) -> int | None:

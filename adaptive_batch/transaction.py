@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Rollback"]
+from adaptive_batch.order import global_random_state, set_global_random_state
+
+__all__ = ["Rollback", "random_state", "set_random_state"]
 
 
 class Rollback:
@@ -27,7 +30,7 @@ class Rollback:
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
         self._buffered = [(m, name) for m in modules for name in m._buffers]
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._parameters = list(module.parameters())  # frozen ones too: they may be trained later
         self._generators = _generators(modules)
         self._buffers: list[tuple[Tensor, Tensor] | None] = []
         self._gradients: list[Tensor | None] = []
@@ -56,6 +59,20 @@ class Rollback:
         if self._random is not None:
             self._random.restore()
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """A context in which gradients start from nothing, and after which everything is as before."""
+        gradients = [(p, p.grad) for p in self._parameters]
+        self.save(accumulated=False)
+        try:
+            self.restore(gradients=True)
+            yield
+        finally:
+            self.restore(gradients=False)
+            self.forget()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
     def forget(self) -> None:
         """Release the copies."""
         self._buffers, self._gradients, self._random = [], [], None
@@ -79,6 +96,22 @@ class _RandomStates:
         random.setstate(self._python)
         for generator, state in self._own:
             generator.set_state(state)
+
+
+def random_state(module: nn.Module) -> dict[str, Any]:
+    """The same states as plain numbers and tensors, for a run that is to be resumed."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    own = [generator.get_state() for generator in _generators(module.modules())]
+    return {**global_random_state(), "cuda": cuda, "own": own}
+
+
+def set_random_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Put back what :func:`random_state` gave."""
+    set_global_random_state(state)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+    for generator, saved in zip(_generators(module.modules()), state["own"], strict=True):
+        generator.set_state(saved)
 
 
 def _generators(modules: Iterable[nn.Module]) -> list[torch.Generator]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -17,23 +16,16 @@ from adaptive_batch.callbacks._parts import Parts
 from adaptive_batch.callbacks._probe import Probe
 from adaptive_batch.callbacks._self_check import SelfCheck
 from adaptive_batch.callbacks._trial import Trial
-from adaptive_batch.layers import batch_dependent_layers, is_compiled
+from adaptive_batch.layers import batch_dependent_layers, is_compiled, warn_of_splitting
 from adaptive_batch.measurement import Number
-from adaptive_batch.memory import (
-    PeakMemory,
-    SavedBytes,
-    allocated_bytes,
-    free_memory,
-    is_hook_refusal,
-    is_out_of_memory,
-    measure_memory,
-)
+from adaptive_batch.memory import allocated_bytes
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
 from adaptive_batch.micro_batching import balanced_sizes, split_batch
 from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
 from adaptive_batch.noise.per_example import PerExampleNorms, Unmeasurable
 from adaptive_batch.noise.sample import NoiseSample, equivalent_sample
 from adaptive_batch.noise.schedule import EXAMPLES, PARTS, Schedule
+from adaptive_batch.pass_memory import PassMemory
 from adaptive_batch.timing import Elapsed, mark
 from adaptive_batch.transaction import Rollback
 
@@ -43,9 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["UpdateExecutor"]
 
 WeightFn = Callable[[Any, Any], "float | Tensor"]
-
-_WORTH_MEASURING = 1.1
-"""Times the largest size measured: up to there the memory model is exact enough."""
 
 PURPOSEFUL_PARTS = 2
 """Parts of an update that is split for the noise alone: each costs a pass's overhead, and what limits the
@@ -97,19 +86,13 @@ class UpdateExecutor:
         self._recovers = recovers
         self._rollback = Rollback(module)
         self._across_batch = batch_dependent_layers(module)
-        self._resident = [*module.parameters(), *module.buffers()]
-        self._measures_memory = recovers
         self._without_examples = "probe" if probes or self._across_batch else "micro_batches"
         self._automatic = noise == "auto"
         self._noise = self._without_examples if self._automatic else noise
         self._examples = PerExampleNorms(module) if noise == "per_example" else None
         self._probe = Probe(trainer, module)
-        if self._across_batch and (recovers or limit.largest is not None):
-            warnings.warn(
-                f"{self._across_batch[0]} looks across the batch: an update that is split, which happens only where "
-                "memory demands it, normalises over its micro-batches.",
-                stacklevel=2,
-            )
+        if recovers or limit.largest is not None:
+            warn_of_splitting(module)
         self._metrics = Metrics(module)
         self._device = trainer.strategy.root_device
         self._explores = explores
@@ -121,9 +104,18 @@ class UpdateExecutor:
         self._wait = 0.0
         self._share = 1.0
         self.limit = limit
-        self.limit.smallest = 2 if self._across_batch else 1
-        self.failures: list[str] = []
+        self._memory = PassMemory(module, limit, self._device, measures=recovers)
         self.start_update(measure=False)
+
+    @property
+    def failures(self) -> list[str]:
+        """What out-of-memory errors have taught, one sentence each; to be told and cleared."""
+        return self._memory.failures
+
+    @property
+    def peak_memory(self) -> float:
+        """Bytes of this update's largest measured pass, 0 if none was."""
+        return self._memory.peak
 
     def on_fit_start(self) -> None:
         """The optimizer is known: if nothing else was asked for, take norms by example where that is possible."""
@@ -159,7 +151,7 @@ class UpdateExecutor:
         self.part_sizes: list[int] = []
         self.sq_norm: Number = float("nan")
         self.micro_batch_size = 0
-        self.peak_memory = 0.0
+        self._memory.peak = 0.0
 
     def start_batch(self, samples: int, wait: float = 0.0, *, global_samples: int | None = None) -> None:
         """The next closure is for this rank's ``samples`` of a batch, which the loop has waited for.
@@ -199,12 +191,10 @@ class UpdateExecutor:
         return self._taps and alone and self._noise == "micro_batches"
 
     def measures_memory(self, samples: int) -> bool:
-        """Whether to measure the memory of the next pass: never without a budget to keep."""
-        if not self._measures_memory or self.limit.budget is None or self._missing_gradients() > 0:
-            return False
+        """Whether to measure the memory of the next pass: not before there are gradients."""
         if self._measure and self._examples is not None:  # whose memory is not the model's
             return False
-        return self.limit.measures(samples)
+        return self._missing_gradients() == 0 and self._memory.measures(samples)
 
     def _held(self) -> int:
         """Bytes that are held while no pass runs, the gradients counted whether or not they are there yet."""
@@ -249,20 +239,13 @@ class UpdateExecutor:
                         result = self._attempt(closure, plain, kwargs, sizes)
                     break
                 except Exception as error:
-                    refused = is_hook_refusal(error)
-                    if not (refused or is_out_of_memory(error)):
-                        raise
-                    if not refused and sizes[0] <= self._least:
-                        raise RuntimeError(self._no_way_out(sizes[0])) from error
+                    failed = self._memory.failed_size(error, sizes[0], self._samples)
                 # Out here, where the traceback no longer holds the failed attempt's tensors.
                 cleared = zero_grad is not None and closure._zero_grad_fn is None
                 self._rollback.restore(gradients=cleared or accumulated)
                 self._metrics.restore()
                 self._module._current_fx_name = hook
-                if refused:
-                    self._measure_no_memory()
-                else:
-                    self._learn(sizes[0])
+                self._memory.learn(failed)
                 if sync is not None:
                     sync.share_buffers()
         finally:
@@ -284,44 +267,9 @@ class UpdateExecutor:
         if not self._explores or self.limit.model.measured:
             return
         self._explores = False
-        try:
-            self._explore(kwargs)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise RuntimeError(self._no_way_out(self._least)) from error
-            raise
-
-    def _explore(self, kwargs: Mapping[str, Any]) -> None:
-        """Measure passes over ever more samples, as far as the budget goes, and put everything back."""
-        trial, least = Trial(self._trainer, self._module), min(self.limit.smallest, self._samples)
+        trial = Trial(self._trainer, self._module)
         with trial.undone():
-            self._trial_pass(trial, kwargs, least)  # makes the gradients, which are there in every later pass
-            self.limit.held = self._held()
-            for size in (least, 2 * least):  # without two sizes nothing could be said about a third
-                if size <= min(self._samples, self.limit.largest or size):
-                    self._explore_size(trial, kwargs, size)
-            while self._measures_memory and self._worth_measuring(size := self.limit.of(self._samples)):
-                self._explore_size(trial, kwargs, size)
-
-    def _worth_measuring(self, size: int) -> bool:
-        return size > _WORTH_MEASURING * self.limit.model.measured[-1]
-
-    def _explore_size(self, trial: Trial, kwargs: Mapping[str, Any], size: int) -> None:
-        if not self._measures_memory:
-            return
-        try:
-            with measure_memory(self._device, self._resident) as memory:
-                self._trial_pass(trial, kwargs, size)
-            self._take(size, memory)
-            return
-        except Exception as error:
-            refused = is_hook_refusal(error)
-            if not refused and (not is_out_of_memory(error) or size <= self.limit.smallest):
-                raise
-        if refused:
-            self._measure_no_memory()
-        else:
-            self._learn(size)
+            self._memory.explore(self._samples, lambda size: self._trial_pass(trial, kwargs, size), self._held)
 
     def _trial_pass(self, trial: Trial, kwargs: Mapping[str, Any], size: int) -> None:
         rest = self._samples - size
@@ -329,35 +277,6 @@ class UpdateExecutor:
         loss = trial.loss(kwargs, split_batch(kwargs["batch"], sizes, self._samples)[0])
         if loss is not None:
             torch.autograd.backward(loss)
-
-    def _take(self, size: int, memory: PeakMemory | SavedBytes) -> None:
-        self.limit.model.update(size, memory.bytes - memory.before)
-        self.peak_memory = max(self.peak_memory, float(memory.bytes))
-
-    def _measure_no_memory(self) -> None:
-        self._measures_memory = False
-        warnings.warn(
-            "memory_budget is not kept: training_step uses torch.func, under which the bytes that are saved "
-            "for backward cannot be counted.",
-            stacklevel=2,
-        )
-
-    @property
-    def _least(self) -> int:
-        """Samples of the largest part where the batch is split as finely as the model allows."""
-        return balanced_sizes(self._samples, 1, self.limit.smallest)[0]
-
-    def _no_way_out(self, size: int) -> str:
-        samples = "one sample" if size == 1 else f"{size} samples, the least that {self._across_batch[0]} can take,"
-        return (
-            f"a micro-batch of {samples} does not fit into memory; use a smaller model, activation checkpointing, a "
-            "lower precision or a larger device."
-        )
-
-    def _learn(self, failed: int) -> None:
-        self.limit.failed(failed)
-        self.failures.append(f"out of memory at a micro-batch of {failed}, at most {self.limit.learned} from here on")
-        free_memory(self._trainer.strategy.root_device)
 
     def _time_half(self, kwargs: Mapping[str, Any]) -> None:
         """What a pass over half of the batch takes; everything is put back."""
@@ -545,11 +464,6 @@ class _Passes:
         """Run part ``index``; its share of the wait for data counts as its own."""
         size = self.sizes[index]
         started = mark(self._device)
-        if self._executor.measures_memory(size):
-            with measure_memory(self._device, self._executor._resident) as memory:
-                result = run()
-            self._executor._take(size, memory)
-        else:
-            result = run()
+        result = self._executor._memory.measured(size, run) if self._executor.measures_memory(size) else run()
         self.seconds.append(Elapsed(started, mark(self._device), self._wait_per_sample * size))
         return result

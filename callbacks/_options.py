@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from adaptive_batch.arguments import check_choice, check_micro_batch_size
 from adaptive_batch.callbacks._executor import UpdateExecutor, WeightFn
-from adaptive_batch.memory import device_budget, device_memory, parse_budget
+from adaptive_batch.memory import parse_budget, usable_memory
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
 
 if TYPE_CHECKING:
@@ -18,12 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["Splitting", "check_choice", "check_function"]
 
 _REDUCTIONS = ("mean", "sum")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse what is not one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
 
 
 def check_function(name: str, value: Callable[..., Any] | None) -> None:
@@ -59,7 +52,7 @@ class Splitting:
         weight_fn: WeightFn | None,
         self_check: bool,
     ) -> None:
-        _check_micro_batch_size(micro_batch_size)
+        largest = check_micro_batch_size(micro_batch_size)
         check_choice("loss_reduction", loss_reduction, _REDUCTIONS)
         check_function("weight_fn", weight_fn)
         self.micro_batch_size = micro_batch_size
@@ -67,14 +60,14 @@ class Splitting:
         self._loss_reduction = loss_reduction
         self._weight_fn = weight_fn
         self._self_check = self_check
-        self.limit = MicroBatchLimit(largest=micro_batch_size if isinstance(micro_batch_size, int) else None)
+        self.limit = MicroBatchLimit(largest=largest)
         if isinstance(memory_budget, str):
             parse_budget(memory_budget, None)  # a fraction waits for the device
 
     def _switch_off(self, why: str) -> None:
         """An error where splitting was asked for, one warning where it was only ``"auto"``."""
         wishes = {
-            "micro_batch_size": self.micro_batch_size if isinstance(self.micro_batch_size, int) else None,
+            "micro_batch_size": self.limit.largest,
             "memory_budget": self._memory_budget,
             "self_check": self._self_check or None,
         }
@@ -96,7 +89,7 @@ class Splitting:
         """What runs the updates of a fit; ``why_not`` says why none can be split in it."""
         if why_not is not None:
             self._switch_off(why_not)
-        self.limit.budget = self._budget(trainer.strategy.root_device)
+        self.limit.budget = usable_memory(self._memory_budget, trainer.strategy.root_device)
         return UpdateExecutor(
             trainer,
             module,
@@ -109,14 +102,3 @@ class Splitting:
             explores=self._memory_budget is not None,
             self_check=self._self_check,
         )
-
-    def _budget(self, device: torch.device) -> int | None:
-        if self._memory_budget is None:
-            return device_budget(device)
-        return parse_budget(self._memory_budget, device_memory(device))
-
-
-def _check_micro_batch_size(value: int | str | None) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not (value is None or value == "auto" or (whole and value >= 1)):  # type: ignore[operator]
-        raise ValueError(f'micro_batch_size={value!r} must be a positive number of samples, "auto" or None.')

@@ -38,21 +38,15 @@ class Trial:
     @contextmanager
     def undone(self) -> Iterator[None]:
         """A context after which everything is as before."""
-        gradients = [(p, p.grad) for p in self._module.parameters()]
         hook = self._module._current_fx_name
-        self._rollback.save(accumulated=False)
         self._metrics.save()
         try:
-            self.clear()
-            with _lightning.LogBuffer(self._trainer) as self._log, torch.enable_grad():
+            with self._rollback.undone(), _lightning.LogBuffer(self._trainer) as self._log, torch.enable_grad():
                 yield
         finally:
-            self.rewind()
-            self._rollback.forget()
+            self._metrics.restore()
             self._metrics.forget()
             self._module._current_fx_name = hook
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
 
     def rewind(self) -> None:
         """Put back all but the gradients, for another pass from the same state."""

@@ -154,7 +154,7 @@ class TestBudget:
 
         plain, kept, rows = Func(), Func(), data()
         fit(plain, rows, max_epochs=1)
-        with pytest.warns(UserWarning, match="memory_budget is not kept: training_step uses torch.func"):
+        with pytest.warns(UserWarning, match="memory_budget is not kept: the model uses torch.func"):
             fit(kept, rows, [AutoMicroBatch(memory_budget=10)], max_epochs=1)
         assert torch.equal(weights(plain), weights(kept))
 

@@ -441,6 +441,54 @@ def test_a_constant_controller_changes_nothing() -> None:
         np.testing.assert_array_equal(weights(models[0]), weights(models[1]))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:1 .BatchNorm1d. looks across the batch")
+def test_a_constant_size_trains_like_a_plain_loop_bit_for_bit(workers: int) -> None:
+    """Contract point 3, with all that a trainer may do switched on."""
+
+    def parts() -> tuple[nn.Module, Any, Any, DataLoader[Any]]:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1)).double()
+        optimizer = sgd(model, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=18)
+        data = TensorDataset(*map(torch.from_numpy, problem(41)))
+        return model, optimizer, scheduler, DataLoader(data, batch_size=7, shuffle=True, num_workers=workers)
+
+    plain, optimizer, scheduler, loader = parts()
+    losses = []
+    for _ in range(3):
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = half_square(plain(x), y)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+    model, optimizer, scheduler, loader = parts()
+    control = BatchSizeController("constant", lr_scaling="adascale")
+    options: Any = {"controller": control, "scheduler": scheduler, "micro_batch_size": "auto"}
+    history = quiet(MiniBatchTrainer, model, optimizer, **options).fit(loader, epochs=3)
+    assert history.column("loss") == losses
+    for (name, a), b in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_drop_last_leaves_out_no_more_than_a_tail_however_often_the_size_changes(workers: int) -> None:
+    """Contract point 1."""
+    samples = 97
+    model = Spy()
+    data = TensorDataset(*map(torch.from_numpy, numbered(samples)))
+    loader = DataLoader(data, batch_size=8, shuffle=True, num_workers=workers, drop_last=True)
+    wander = controller(Wander([8, 2, 32, 5, 16, 3]))
+    history = quiet(MiniBatchTrainer, model, controller=wander).fit(loader, epochs=3)
+    for epoch in range(3):
+        batches = [b for u, b in zip(history.updates, model.batches, strict=True) if u.epoch == epoch]
+        delivered = list(chain.from_iterable(batches))
+        assert len(set(delivered)) == len(delivered)
+        assert samples - len(delivered) < max(map(len, batches))
+
+
 def test_no_batch_grows_beyond_the_data_and_the_users_bound_holds() -> None:
     for bound, largest in ((None, SAMPLES), (100, SAMPLES), (12, 12)):
         control = controller(lambda m: 2.0 * m.batch_size, max_batch_size=bound)
@@ -479,9 +527,8 @@ def test_why_the_size_stays_is_noted_once() -> None:
 def test_layers_that_look_across_the_batch_are_not_split_for_a_measurement() -> None:
     control = BatchSizeController(NoiseScale(), lr_scaling="none")
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    history = quiet(MiniBatchTrainer, model, batch_size=8, controller=control).fit(
-        tuple(a.astype(np.float32) for a in problem(40))
-    )
+    with pytest.warns(UserWarning, match=r"1 \(BatchNorm1d\) looks across the batch, so no update is split to measure"):
+        history = quiet(MiniBatchTrainer, model, batch_size=8, controller=control).fit(problem(40))
     assert history.column("micro_batch_size") == [8] * 5
     plain = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
     history = quiet(MiniBatchTrainer, plain, batch_size=8, controller=control).fit(problem(40))

@@ -1,0 +1,227 @@
+"""Runs the updates of a plain PyTorch loop, in parts where memory or a measurement demands it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adaptive_batch.layers import batch_dependent_layers
+from adaptive_batch.memory import allocated_bytes
+from adaptive_batch.micro_batch_limit import MicroBatchLimit
+from adaptive_batch.micro_batching import balanced_sizes, split_batch
+from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
+from adaptive_batch.pass_memory import PassMemory
+from adaptive_batch.timing import Elapsed, mark
+from adaptive_batch.transaction import Rollback
+
+__all__ = ["BatchClosure", "Executor", "LossFn"]
+
+LossFn = Callable[[Any, Any], Tensor]
+
+_PURPOSEFUL_PARTS = 2
+
+
+class Executor:
+    """What the closures of a run's updates have in common.
+
+    After an out-of-memory error in a forward or backward pass, everything that the attempt changed is put back
+    and the batch starts again in parts of half the size; the learned limit stays.
+
+    Args:
+        model: maps ``x`` to a prediction.
+        loss_fn: ``loss_fn(model(x), y)``, one number.
+        optimizer: whose gradients are cleared and measured.
+        limit: most samples per pass.
+        loss_reduction: whether the loss is the ``"mean"`` or the ``"sum"`` over its samples.
+        recovers: whether a batch may be split after an out-of-memory error.
+        explores: whether to find out, before the first update, how many samples ``limit.budget`` allows.
+
+    Attributes:
+        failures: what out-of-memory errors have taught, one sentence each; to be told and cleared.
+        measurable: whether an update may be split for the noise alone, which layers that look across the
+            batch would make another one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        optimizer: Optimizer,
+        *,
+        limit: MicroBatchLimit,
+        loss_reduction: str = "mean",
+        recovers: bool = False,
+        explores: bool = False,
+    ) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+        self.optimizer = optimizer
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.sums = loss_reduction == "sum"
+        self.recovers = recovers
+        self.measurable = not batch_dependent_layers(model)
+        self.limit = limit
+        self.memory = PassMemory(model, limit, self.device, measures=recovers)
+        self.rollback = Rollback(model)
+        self.failures = self.memory.failures
+        self._explores = explores and not limit.model.measured
+        self._warm = False
+
+    def closure(self, batch: tuple[Any, Any], samples: int, *, measure: bool) -> BatchClosure:
+        """The closure that an optimizer's ``step`` takes, for a batch of ``samples``.
+
+        Args:
+            batch: the pair ``(x, y)``, on the model's device.
+            samples: of the batch.
+            measure: whether to record the squared norms of its parts, two at least.
+        """
+        if self._explores:
+            self._explores = False
+            self._explore(batch, samples)
+        return BatchClosure(self, batch, samples, measure=measure and self.measurable)
+
+    def sizes(self, samples: int, *, split: bool) -> list[int]:
+        """Samples of each pass; ``split`` makes parts for the noise where there would be none."""
+        largest = self.limit.of(samples)
+        if split:
+            largest = min(largest, -(-samples // _PURPOSEFUL_PARTS))
+        return balanced_sizes(samples, largest, self.limit.smallest)
+
+    def held(self) -> int:
+        """Bytes that are held while no pass runs and no gradients are there."""
+        return 0 if self.limit.budget is None else allocated_bytes(self.device)
+
+    def gradients(self, part: tuple[Any, Any], factor: float) -> Tensor:
+        """Add ``factor`` times the gradient of the part's loss; returns that times its loss."""
+        x, y = part
+        loss = self.loss_fn(self.model(x), y)
+        if loss.numel() != 1:
+            raise ValueError(
+                f"loss_fn returned {loss.numel()} numbers; it must return one, the mean over the batch's samples."
+            )
+        if factor != 1:
+            loss = loss * factor
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def first_pass(self, samples: int, run: Callable[[], Tensor]) -> Tensor:
+        """Run an update's first pass, in which the gradients appear: the one whose memory counts them."""
+        warm, self._warm = self._warm, True  # the very first one also holds what libraries set up once
+        return self.memory.measured(samples, run) if warm and self.memory.measures(samples) else run()
+
+    def _explore(self, batch: tuple[Any, Any], samples: int) -> None:
+        def run(size: int) -> None:
+            self.rollback.restore(gradients=True)  # of none: every pass makes its own
+            sizes = [size, samples - size] if size < samples else [size]
+            self.gradients(split_batch(batch, sizes, samples)[0], 1.0)
+
+        def held() -> int:
+            self.rollback.restore(gradients=True)
+            return self.held()
+
+        with self.rollback.undone():
+            self.memory.explore(samples, run, held)
+
+
+class BatchClosure:
+    """Gradient and loss of one batch, part by part; what the passes showed is kept.
+
+    An optimizer may call it many times; the first call is the one at the parameters of before the step, and the
+    one that is measured.
+
+    Attributes:
+        loss: mean over the samples, before the step.
+        pass_sizes: samples of each pass that went through.
+        pass_seconds: time of each.
+        part_sq_norms: squared norms of the parts' mean gradients, if measured.
+        part_sizes: samples of each measured part.
+        sq_norm: squared norm of the batch's mean gradient, if measured.
+    """
+
+    def __init__(self, executor: Executor, batch: tuple[Any, Any], samples: int, *, measure: bool) -> None:
+        self._executor = executor
+        self._batch = batch
+        self._measure = measure and samples >= _PURPOSEFUL_PARTS
+        self._calls = 0
+        self.samples = samples
+        self.loss = torch.full((), math.nan)
+        self.pass_sizes: list[int] = []
+        self.pass_seconds: list[Elapsed] = []
+        self.part_sq_norms: Sequence[Any] = ()
+        self.part_sizes: Sequence[int] = ()
+        self.sq_norm: Tensor | float = math.nan
+
+    def __call__(self) -> Tensor:
+        """Clear the gradients, add up those of the batch, return its loss."""
+        executor = self._executor
+        executor.optimizer.zero_grad()
+        first, self._calls = self._calls == 0, self._calls + 1
+        measured = self._measure and first
+        loss = self._recovered(measured) if executor.recovers else self._attempt(self._sizes(), measured)
+        if first:
+            self.loss = loss / self.samples if executor.sums else loss
+        return loss
+
+    def _recovered(self, measured: bool) -> Tensor:
+        """Attempts in ever smaller parts while memory runs out."""
+        executor = self._executor
+        memory, rollback = executor.memory, executor.rollback
+        executor.limit.held = executor.held()
+        rollback.save(accumulated=True)  # what is left are gradients that are not the optimizer's to clear
+        try:
+            while True:
+                sizes = self._sizes()
+                try:
+                    loss = self._attempt(sizes, measured)
+                    break
+                except Exception as error:
+                    failed = memory.failed_size(error, sizes[0], self.samples)
+                # Out here, where the traceback no longer holds the failed attempt's tensors.
+                rollback.restore(gradients=True)
+                memory.learn(failed)
+        finally:
+            rollback.forget()
+        executor.limit.succeeded(self.samples)
+        return loss
+
+    def _sizes(self) -> list[int]:
+        return self._executor.sizes(self.samples, split=self._measure)
+
+    def _attempt(self, sizes: list[int], measured: bool) -> Tensor:
+        executor = self._executor
+        parameters = [p for group in executor.optimizer.param_groups for p in group["params"]]
+        norms = PartNorms(parameters) if measured else None
+        seconds: list[Elapsed] = []
+        with norms or nullcontext():
+            loss = self._passes(sizes, norms, seconds)
+        self.pass_sizes += sizes
+        self.pass_seconds += seconds
+        total = None if norms is None else grad_sq_norm(parameters)
+        if norms is not None and total is not None:
+            self.part_sq_norms, self.part_sizes = norms.sq_norms, norms.sizes
+            self.sq_norm = total / self.samples**2 if executor.sums else total
+        return loss
+
+    def _passes(self, sizes: list[int], norms: PartNorms | None, seconds: list[Elapsed]) -> Tensor:
+        executor = self._executor
+        whole = len(sizes) == 1
+        parts = [self._batch] if whole else split_batch(self._batch, sizes, self.samples)
+        losses: list[Tensor] = []
+        for part, size in zip(parts, sizes, strict=True):
+            started = mark(executor.device)
+            factor = 1.0 if executor.sums else size / self.samples
+
+            def run(part: tuple[Any, Any] = part, factor: float = factor) -> Tensor:
+                return executor.gradients(part, factor)
+
+            losses.append(run() if losses else executor.first_pass(size, run))
+            seconds.append(Elapsed(started, mark(executor.device)))
+            if norms is not None:
+                norms.end_part(size, size if executor.sums else factor)
+        return losses[0] if whole else torch.stack(losses).sum()
