@@ -192,7 +192,8 @@ WORKLOADS = {
     ),
     "flights": Workload(
         flights, lambda: mlp(152), F.binary_cross_entropy_with_logits, adam, 0.493, 6_000, 1_500_000,
-        {32: 7.07e-4}, (1024, 1e-2, 300_000),
+        {32: 7.07e-4, 64: 1.41e-3, 128: 2e-3, 256: 2e-3, 512: 2.83e-3, 1024: 5.66e-3, 2048: 5.66e-3},
+        (1024, 1e-2, 300_000),
     ),
     "diamonds": Workload(
         diamonds, linear, F.mse_loss, sgd, 0.0199, 2_500, 3_000_000,

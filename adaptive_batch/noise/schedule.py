@@ -22,7 +22,7 @@ class Schedule(NamedTuple):
 PARTS = Schedule(0, 3)
 """For measurements by the parts of an update."""
 
-EXAMPLES = Schedule(8, 1)
+EXAMPLES = Schedule(8, 3)
 """For measurements by the norms of single examples, which say as much as many of those by parts."""
 
 
