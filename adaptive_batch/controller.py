@@ -34,6 +34,12 @@ noise scale moves on the scale of the run's own age, often by orders of magnitud
 average leaves that behind the sooner, the longer one identifies what the shorter one cannot."""
 
 
+IDENTIFIED_AT = 0.9
+"""Confidence at which ``|G|^2`` differs from zero before the policy is given a noise scale. A scale that is found too
+early is too small, so the mistake costs speed and no samples; and each change still has to be right at the
+pessimistic end of the 95 % interval."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """A new batch size, and why.
@@ -118,7 +124,7 @@ class BatchSizeController:
         self.adjust_every = adjust_every
         self.careful = is_measured(self.policy) if quantize is None else quantize
         self.multiple_of = multiple_of
-        self._noises = [GradientNoiseScale() for _ in NOISE_MEMORY_FRACTIONS]
+        self._noises = [GradientNoiseScale(confidence=IDENTIFIED_AT) for _ in NOISE_MEMORY_FRACTIONS]
         self.step_time = StepTimeModel()
         self.reference_batch_size = reference_batch_size
         self.batch_size = reference_batch_size
@@ -435,7 +441,7 @@ class BatchSizeController:
             ValueError: if something is missing or not what it should be; nothing is changed then.
         """
         _check_state(state, self.state_dict())
-        noises, step_time = [GradientNoiseScale() for _ in self._noises], StepTimeModel()
+        noises, step_time = [GradientNoiseScale(confidence=IDENTIFIED_AT) for _ in self._noises], StepTimeModel()
         for noise, noise_state in zip(noises, state["noise"], strict=True):
             noise.load_state_dict(noise_state)
         step_time.load_state_dict(state["step_time"])

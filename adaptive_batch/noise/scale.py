@@ -30,10 +30,9 @@ IDENTIFIED_AT = 0.99
 """Confidence at which ``|G|^2`` has to differ from zero before there is a noise scale.
 
 Measured with ``G = 0``, looking every ten updates over 1000 updates with a memory of 200 of them: at 95 % a
-third of the runs find a noise scale at least once, at 99 % one in fourteen. A higher level would make true
+third of the runs find a noise scale at least once, at 99 % one in fourteen. A higher level makes true
 ones wait, in proportion to the square of its quantile.
 """
-
 
 _STATE = {"memory", "blocks", "decay", "total", "since", "measurements", "skipped"}
 
@@ -68,9 +67,9 @@ class GradientNoiseScale:
     are nearly independent and nearly normal) in a long run, and costs the same at every update. The
     estimates are the weighted means of those same blocks.
 
-    Until ``|G|^2`` can be told from zero (Fieller's set at 99 % has an upper end, which takes at least 8
-    measurements) the noise scale is NaN: any number would come from the noise of the denominator. The level
-    is stricter than the usual interval's because the question is asked again at every decision of a run.
+    Until ``|G|^2`` can be told from zero (Fieller's set at ``confidence`` has an upper end, which takes at
+    least 8 measurements) the noise scale is NaN: any number would come from the noise of the denominator. The
+    level is stricter than the usual interval's because the question is asked again and again in a run.
 
     Source: McCandlish, Kaplan, Amodei, OpenAI Dota Team, "An Empirical Model of Large-Batch Training", 2018,
     arXiv:1812.06162, appendix A.1; decay per sample as in Qiao et al., "Pollux", OSDI 2021, arXiv:2008.12260.
@@ -80,13 +79,17 @@ class GradientNoiseScale:
             follows a changing noise scale, a long one can identify a large one: from parts alone up to about
             ``sqrt(d B memory) / 3`` at batch size ``B`` with noise in ``d`` effective dimensions. The default
             identifies some 2000 at ``B = 32`` and ``d = 10``, from the last 3000 updates or so.
+        confidence: at which ``|G|^2`` has to differ from zero before there is a noise scale.
 
     Raises:
-        ValueError: if ``memory`` is not a positive finite number.
+        ValueError: if ``memory`` is not a positive finite number, or ``confidence`` no probability.
     """
 
-    def __init__(self, *, memory: float = 100_000) -> None:
+    def __init__(self, *, memory: float = 100_000, confidence: float = IDENTIFIED_AT) -> None:
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence={confidence} is not a probability between 0 and 1; pass 0.99, say.")
         self.memory = memory
+        self.confidence = confidence
         self.reset()
 
     @property
@@ -208,7 +211,7 @@ class GradientNoiseScale:
     @property
     def identified(self) -> bool:
         """Whether ``|G|^2`` can be told from zero, so that the noise scale is a number."""
-        return math.isfinite(self.interval(IDENTIFIED_AT)[1])
+        return math.isfinite(self.interval(self.confidence)[1])
 
     @property
     def noise_scale(self) -> float:
