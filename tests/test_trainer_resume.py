@@ -207,16 +207,17 @@ def life(policy: str, workers: int, checkpoint: Path, updates: int, pause: float
     """One process of the run, killed a moment after it has reported so many updates; what it reported."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(Path(__file__).with_name("trainer_run.py")), policy, str(workers), str(checkpoint)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
-        assert run.stdout is not None and run.stderr is not None
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as run:
+        assert run.stdout is not None
         try:
-            read = [run.stdout.readline() for _ in range(updates)]
+            reported = "".join(run.stdout.readline() for _ in range(updates))
             time.sleep(pause)
         finally:
             run.kill()
-        rest, errors = run.communicate()
-    assert run.returncode == -signal.SIGKILL, errors
-    reported = "".join(read) + rest
+        reported += run.stdout.read()  # not communicate(), which passes over what readline() has buffered
+        assert run.wait() == -signal.SIGKILL
     return [json.loads(text) for text in reported.splitlines(keepends=True) if text.endswith("\n")]
 
 
