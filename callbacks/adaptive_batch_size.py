@@ -17,6 +17,7 @@ from adaptive_batch.callbacks._books import EpochBooks, LoaderLimits, plain_epoc
 from adaptive_batch.callbacks._executor import WeightFn
 from adaptive_batch.callbacks._lightning import CallbackBase, Patches
 from adaptive_batch.callbacks._options import Splitting, check_choice, check_function
+from adaptive_batch.callbacks._resume import RunState
 from adaptive_batch.callbacks.memory_monitor import MemoryMonitor
 from adaptive_batch.clocks import GainClock, PlainEpoch, SampleClock
 from adaptive_batch.controller import BatchSizeController, Decision, check_bounds
@@ -149,7 +150,7 @@ class AdaptiveBatchSize(CallbackBase):
             quantize=quantize,
         )
         self._patches = Patches()
-        self._restored: dict[str, Any] = {}
+        self._loaded: Mapping[str, Any] | None = None  # a checkpoint's state, until the loop goes on from it
         self._updates = 0
         self._samples = 0
         self._start_fit()
@@ -170,6 +171,8 @@ class AdaptiveBatchSize(CallbackBase):
         self._host_mark: float | None = None
         self._noted: str | None = None
         self._last_memory = math.nan
+        self._began = False  # between on_train_start and the end
+        self._draw_at_hand: Draw | None = None  # of the batch that the loop is in
 
     @property
     def batch_size(self) -> int | None:
@@ -206,6 +209,7 @@ class AdaptiveBatchSize(CallbackBase):
         )
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
         self._limits = LoaderLimits(trainer)
+        self._run_state = RunState(trainer, pl_module)
         _lightning.override_setup_data(self._patches, trainer, self._setup_data)
         _lightning.override_train_loader(self._patches, trainer, self._adapt_loader)
         _lightning.override_closure(self._patches, trainer, self._make_closure)
@@ -244,6 +248,8 @@ class AdaptiveBatchSize(CallbackBase):
             self._limits.restore_interval()
             self._books.announce()
             _lightning.put_back_later(self._patches, self._trainer, self._loaders)
+        if _lightning.goes_on(self._trainer):
+            self._go_on()
 
     def _adapt_loader(self, loader: object) -> object:
         """The user's training loader, made resizable."""
@@ -278,8 +284,8 @@ class AdaptiveBatchSize(CallbackBase):
         plain = self._books.plain
         if self._clock is None:
             self._clock = self._make_clock(plain)
-        if "sampler" in self._restored:
-            sampler.load_state_dict(self._restored.pop("sampler"))
+        if self._loaded is not None and "sampler" in self._loaded:
+            sampler.load_state_dict(self._loaded["sampler"])
         if not self._dry_run and self.batch_size is not None:
             sampler.batch_size = max(1, self.batch_size // trainer.accumulate_grad_batches)
         if self._books.resized and not self._books.has_length:
@@ -325,8 +331,8 @@ class AdaptiveBatchSize(CallbackBase):
             clock = GainClock(min(steps, plain.updates * epochs) if known else steps)  # type: ignore[operator]
         else:
             clock = SampleClock(steps)
-        if "clock" in self._restored:
-            clock.load_state_dict(self._restored.pop("clock"))
+        if self._loaded is not None and "clock" in self._loaded:
+            clock.load_state_dict(self._loaded["clock"])
         return clock
 
     def _set_bounds(self, plain: PlainEpoch) -> None:
@@ -358,12 +364,14 @@ class AdaptiveBatchSize(CallbackBase):
                 "train_dataloader."
             )
         self._books.sync()
+        self._began = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new epoch: positions start from zero."""
         assert self._books is not None and self._clock is not None
         self._batches_popped = self._position = 0
         self._window.clear()
+        self._run_state.results.clear()
         self._clock.start_epoch()
         self._books.start_epoch()
         self._interrupt_timing()
@@ -378,7 +386,8 @@ class AdaptiveBatchSize(CallbackBase):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Learn how many samples the batch at hand really has."""
         assert self._books is not None
-        draw = self._draw_of(trainer, batch)
+        self._run_state.results.join()
+        self._draw_at_hand = draw = self._draw_of(trainer, batch)
         now = _host_now()
         waited = 0.0 if self._host_mark is None else now - self._host_mark
         if self._update_mark is None:
@@ -536,12 +545,16 @@ class AdaptiveBatchSize(CallbackBase):
             self._end_update(trainer, outputs, last)
             self._stepped = False
         self._books.end_batch(self._before, self._position, last=last)
+        self._run_state.results.join()
+        self._draw_at_hand = None
         self._host_mark = _host_now()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The sampler's next draw starts another epoch; checkpoints of the epoch's end are saved after this."""
         if self._sampler is not None:
             self._sampler.end_epoch()
+        self._run_state.results.place()
+        _lightning.end_restart(trainer)
 
     def _end_update(self, trainer: Trainer, outputs: Any, last: bool) -> None:
         samples = sum(draw.size for draw in self._window)
@@ -665,29 +678,84 @@ class AdaptiveBatchSize(CallbackBase):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, controller, sampler, clock and history, as plain numbers and tensors."""
+        """Counts, controller, sampler, clock, history and the state of the run, as plain numbers and tensors.
+
+        A batch that the loop is in the middle of counts as still to come.
+        """
         state: dict[str, Any] = {
             "updates": self._updates,
             "samples": self._samples,
-            "position": self._position,
+            "position": self._position if self._draw_at_hand is None else self._before,
             "controller": self._controller.state_dict(),
             "micro_batches": self._micro_batches.state_dict(),
             "history": self.history.state_dict(),
+            "noted": self._noted,
         }
-        if self._sampler is not None:
-            state["sampler"] = self._sampler.state_dict()
-        if self._clock is not None:
-            state["clock"] = self._clock.state_dict()
+        if self._trainer is not None and self._sampler is not None:
+            state |= self._loop_state(self._trainer)
+        return state
+
+    def _loop_state(self, trainer: Trainer) -> dict[str, Any]:
+        assert self._sampler is not None and self._books is not None and self._clock is not None
+        state = {
+            "clock": self._clock.state_dict(),
+            "books": self._books.state_dict(),
+            "world_size": trainer.world_size,
+            "due": self._due if self._updated_at == _lightning.batches_finished(trainer) else [],
+            "validation_follows": _lightning.validation_follows(trainer),
+            "window": [],
+            "ranks": [self._run_state.state_dict()],
+        }
+        if self._draw_at_hand is not None:
+            self._sampler.draws.appendleft(self._draw_at_hand)
+        state["sampler"] = self._sampler.state_dict()
+        if self._draw_at_hand is not None:
+            self._sampler.draws.popleft()
+        elif self._window:
+            state["window"] = [list(draw) for draw in self._window]
+            state["gradients"] = self._run_state.gradients()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave; the sampler's part waits for the loader."""
+        """Put back what :meth:`state_dict` gave; what belongs to the loop waits until it goes on."""
         self._controller.load_state_dict(state_dict["controller"])
         self.history.load_state_dict(state_dict["history"])
         self._micro_batches.load_state_dict(state_dict["micro_batches"])
         self._updates, self._samples = state_dict["updates"], state_dict["samples"]
-        self._position = state_dict["position"]
-        self._restored = {key: state_dict[key] for key in ("sampler", "clock") if key in state_dict}
+        self._position, self._noted = state_dict["position"], state_dict["noted"]
+        self._loaded = state_dict if "sampler" in state_dict else None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Every rank's own state of the run goes into the checkpoint."""
+        _lightning.remove_loader_states(checkpoint)
+
+    def _go_on(self) -> None:
+        """From a checkpoint: before the loop looks where it is, and again when it is there."""
+        assert self._trainer is not None
+        trainer, state = self._trainer, self._loaded
+        inside = _lightning.inside_epoch(trainer)
+        if not self._began:
+            if state is not None:
+                self._run_state.restore_callback_metrics(state["ranks"][0])
+                (_lightning.count_finished_batch if inside else _lightning.finish_epoch)(trainer)
+            return
+        if state is None:
+            return
+        self._loaded = None
+        assert self._sampler is not None and self._books is not None
+        if not inside:
+            self._sampler.load_state_dict(state["sampler"])  # the iterator to be thrown away has drawn from it
+            self._sampler.end_epoch()
+        self._run_state.restore(state["ranks"][0], inside_epoch=inside)
+        if inside:
+            self._batches_popped = _lightning.batches_started(trainer)
+            self._due, self._updated_at = state["due"], self._batches_popped
+            self._window = [Draw(*draw) for draw in state["window"]]
+            if self._window:
+                self._executor.start_update(measure=False)
+                self._run_state.restore_gradients(state["gradients"])
+            _lightning.finish_batch(trainer, validate=state["validation_follows"])
+            self._books.go_on(state["books"])
 
 
 def _check_supported(trainer: Trainer, pl_module: LightningModule) -> None:

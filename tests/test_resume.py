@@ -1,0 +1,214 @@
+"""A run that is resumed from a checkpoint repeats the uninterrupted one bit for bit."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_problems import Recorded, loader, trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
+from torchmetrics import MeanMetric
+
+from adaptive_batch.callbacks import AdaptiveBatchSize
+
+SAMPLES = 103
+
+
+class Batch(NamedTuple):
+    """What one batch was trained on, and how."""
+
+    step: int
+    epoch: int
+    batch_idx: int
+    indices: list[int]
+    lr: float
+    loss: float
+
+
+class Model(pl.LightningModule):
+    """Dropout, numbers from NumPy and Python, momentum, a scheduler, validation, epoch metrics."""
+
+    def __init__(self, scheduler: str = "cosine") -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 2))
+        self.mean = MeanMetric()
+        self.scheduler = scheduler
+        self.trace: list[Batch] = []
+        self.validations: list[tuple[int, float]] = []
+        self.epochs: list[dict[str, float]] = []
+        self.used_lr = 0.0
+        self.indices: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, _, _ = batch
+        noise = 0.01 * random.random() + 0.01 * float(np.random.random())
+        loss = nn.functional.cross_entropy(self.net(x + noise), y)
+        self.mean.update(loss)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("largest", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        self.log("mean", self.mean, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, _, _ = batch
+        self.log("val_loss", nn.functional.cross_entropy(self.net(x), y))
+
+    def on_validation_epoch_end(self) -> None:
+        self.validations.append((self.trainer.global_step, float(self.trainer.callback_metrics["val_loss"])))
+
+    def on_train_epoch_start(self) -> None:
+        torch.rand(1)  # as augmentation that is chosen once per epoch
+
+    def on_train_epoch_end(self) -> None:
+        self.epochs.append({k: float(self.trainer.callback_metrics[k]) for k in ("loss_epoch", "largest", "mean")})
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.indices = batch[2].tolist()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.used_lr = optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step, epoch = self.trainer.global_step, self.trainer.current_epoch
+        self.trace.append(Batch(step, epoch, batch_idx, self.indices, self.used_lr, float(outputs["loss"])))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        if self.scheduler == "plateau":
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.5)
+            return [optimizer], [{"scheduler": plateau, "monitor": "val_loss"}]
+        total = int(self.trainer.estimated_stepping_batches) if self.scheduler == "cosine" else 40
+        if self.scheduler == "lambda":
+            schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+        else:
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def up_and_down() -> Callable[[Any], int]:
+    """A policy that is a function of the updates made."""
+    sizes = [16, 7, 12, 24, 32, 9, 20]
+    return lambda m: sizes[m.update // 2 % len(sizes)]
+
+
+class Run(NamedTuple):
+    model: Model
+    callback: AdaptiveBatchSize
+    trainer: pl.Trainer
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [value.clone() for value in self.model.state_dict().values()]
+
+
+def train(
+    folder: Path,
+    ckpt: Path | None = None,
+    *,
+    data: Callable[[], DataLoader[Any]] | None = None,
+    policy: Any = None,
+    scheduler: str = "cosine",
+    callback: dict[str, Any] | None = None,
+    plugin: bool = True,
+    **options: Any,
+) -> Run:
+    """One run that saves a checkpoint at every step and at each epoch's end, or goes on from one."""
+    pl.seed_everything(3 if ckpt is None else 77, verbose=False)
+    model = Model(scheduler)
+    adaptive = AdaptiveBatchSize(
+        up_and_down() if policy is None else policy() if callable(policy) else policy,
+        **{"min_batch_size": 4, "max_batch_size": 40, "adjust_every": 2, "lr_scaling": "linear",
+           "micro_batch_size": None, "verbose": False,
+           **(callback or {})},
+    )  # fmt: skip
+    savers = [
+        ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1),
+        ModelCheckpoint(folder, "end-{epoch}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True),
+        ModelCheckpoint(folder, "val-{step}", monitor="val_loss", save_top_k=-1, save_on_train_epoch_end=False),
+    ]
+    made = trainer(
+        [*savers, *([adaptive] if plugin else [])],
+        **{"enable_checkpointing": True, "max_epochs": 3, **options}
+    )
+    train_loader = loader(SAMPLES, 8) if data is None else data()
+    made.fit(model, train_loader, loader(20, 10, shuffle=False), ckpt_path=ckpt, weights_only=True)
+    return Run(model, adaptive, made)
+
+
+def assert_repeats(whole: Run, resumed: Run, ckpt: Path) -> None:
+    saved = torch.load(ckpt, weights_only=True)
+    progress = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    done = progress["total"]["ready"]
+    assert resumed.model.trace == whole.model.trace[done:], ckpt.name
+    assert all(map(torch.equal, resumed.weights, whole.weights)), ckpt.name
+    left = len(resumed.model.validations)
+    assert resumed.model.validations == whole.model.validations[len(whole.model.validations) - left :], ckpt.name
+    due = [v for v in whole.model.validations if v[0] > saved["global_step"]]
+    assert left >= len(due), ckpt.name
+    ends = len(resumed.model.epochs)
+    assert resumed.model.epochs == whole.model.epochs[len(whole.model.epochs) - ends :], ckpt.name
+    assert ends == len(whole.model.epochs) - ("end-" in ckpt.name) - saved["epoch"], ckpt.name
+    ours, theirs = resumed.callback.history, whole.callback.history
+    assert ours.changes == theirs.changes, ckpt.name
+    assert ours.column("batch_size") == theirs.column("batch_size"), ckpt.name
+    assert resumed.trainer.global_step == whole.trainer.global_step
+    assert resumed.trainer.current_epoch == whole.trainer.current_epoch
+
+
+def checkpoints(folder: Path, some: int | None) -> list[Path]:
+    """All, or some that are spread over the run: inside epochs, at their last batches, ends and validations."""
+    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    return found if some is None else random.Random(1).sample(found, some)
+
+
+def assert_any_checkpoint_repeats(folder: Path, *, some: int | None, **options: Any) -> Run:
+    whole = train(folder / "whole", **options)
+    assert len(whole.callback.history.changes) > 5
+    seen = [index for batch in whole.model.trace for index in batch.indices if batch.epoch == 1]
+    assert len(set(seen)) == len(seen) > 0.8 * SAMPLES
+    for ckpt in checkpoints(folder / "whole", some):
+        assert_repeats(whole, train(folder / "resumed", ckpt, **options), ckpt)
+    return whole
+
+
+SETUPS: dict[str, dict[str, Any]] = {
+    "cosine": {"scheduler": "cosine"},
+    "a schedule in a closure": {"scheduler": "lambda", "val_check_interval": 0.4},
+    "plateau": {"scheduler": "plateau", "val_check_interval": 0.4},
+    "max_steps": {"max_epochs": -1, "max_steps": 25},
+    "accumulation": {"accumulate_grad_batches": 3, "val_check_interval": 0.4},
+    "validation by batches": {"val_check_interval": 5, "check_val_every_n_epoch": None},
+    "clock gain": {"callback": {"schedule_clock": "gain", "lr_scaling": "adascale"}},
+    "clock updates": {"callback": {"schedule_clock": "updates"}, "scheduler": "fixed"},
+    "drop_last": {"data": lambda: loader(SAMPLES, 8, drop_last=True)},
+    "workers": {"data": lambda: loader(SAMPLES, 8, num_workers=1)},
+    "persistent workers": {"data": lambda: loader(SAMPLES, 8, num_workers=2, persistent_workers=True)},
+    "generator": {"data": lambda: loader(SAMPLES, 8, generator=torch.Generator().manual_seed(5))},
+    "generator, workers": {
+        "data": lambda: loader(SAMPLES, 8, generator=torch.Generator().manual_seed(5), num_workers=2)
+    },
+    "seed": {"callback": {"seed": 11}},
+    "distributed sampler": {
+        "data": lambda: loader(SAMPLES, 8, shuffle=False, sampler=DistributedSampler(Recorded(SAMPLES), 1, 0))
+    },
+}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_run_resumed_from_a_checkpoint_repeats_the_uninterrupted_one(tmp_path: Path, setup: str) -> None:
+    assert_any_checkpoint_repeats(tmp_path, some=3, **SETUPS[setup])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_run_resumed_from_any_checkpoint_repeats_the_uninterrupted_one(tmp_path: Path, setup: str) -> None:
+    assert_any_checkpoint_repeats(tmp_path, some=None, **SETUPS[setup])
