@@ -336,18 +336,20 @@ def goes_on(trainer: Trainer) -> bool:
 
 def inside_epoch(trainer: Trainer) -> bool:
     """Whether an epoch has started and is not over."""
-    current = trainer.fit_loop.epoch_progress.current
-    return current.processed < current.started
+    current: Any = trainer.fit_loop.epoch_progress.current
+    return bool(current.processed < current.started)
 
 
 def batches_finished(trainer: Trainer) -> int:
     """Batches of this epoch that the loop has been through."""
-    return int(trainer.fit_loop.epoch_loop.batch_progress.current.processed)
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(current.processed)
 
 
-def inside_batch(trainer: Trainer) -> bool:
-    """Whether a batch has been handed to the loop that it has not been through."""
-    return batches_finished(trainer) < batches_started(trainer)
+def _is_counted(trainer: Trainer) -> bool:
+    """Whether the last batch that the loop has been through counts as completed, as it does after its hooks."""
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(current.completed >= current.processed)
 
 
 def count_finished_batch(trainer: Trainer) -> None:
@@ -356,16 +358,14 @@ def count_finished_batch(trainer: Trainer) -> None:
     Counted here, Lightning does not take a checkpoint of an epoch's last batch for one of the epoch's end, which
     would leave out the end's hooks and its validation. Private: ``epoch_loop.batch_progress`` (2.0 to 2.6).
     """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    if progress.current.completed < progress.current.processed:
-        progress.increment_completed()
+    if not _is_counted(trainer):
+        trainer.fit_loop.epoch_loop.batch_progress.increment_completed()
 
 
 def validation_follows(trainer: Trainer) -> bool:
     """In ``on_train_batch_end``: whether validation comes next. Private: ``epoch_loop._should_check_val_fx``."""
     fetcher: Any = trainer.fit_loop._data_fetcher
-    progress = trainer.fit_loop.epoch_loop.batch_progress.current
-    return progress.completed < progress.processed and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    return not _is_counted(trainer) and bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
 
 
 def finish_batch(trainer: Trainer, *, validate: bool) -> None:

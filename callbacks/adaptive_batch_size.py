@@ -24,7 +24,7 @@ from adaptive_batch.controller import BatchSizeController, Decision, check_bound
 from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
 from adaptive_batch.distributed import SharedOrder, broadcast, gather, merge_ranks
 from adaptive_batch.history import Change, History, Update
-from adaptive_batch.iterable import count_samples
+from adaptive_batch.iterable import Requests, count_samples
 from adaptive_batch.lr_scaling import LRScaling, gain, resolve_lr_scaling, scaled_lr
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.memory import resident_bytes
@@ -42,6 +42,19 @@ __all__ = ["AdaptiveBatchSize"]
 
 _CLOCKS = ("samples", "gain", "updates")
 _MANUAL = "in manual optimization the backward passes are training_step's own"
+_OTHER_RANKS = (
+    "going on from {} ranks on {}: batch size, learning rate and the samples left stay; metrics accumulated in this "
+    "epoch start anew, and random numbers are other ones."
+)
+_NO_POSITION = (
+    "an IterableDataset begins anew when a run is resumed inside an epoch: the batch size and the learning rate go on, "
+    "but samples of the epoch may come twice; save checkpoints at the end of epochs, or use a loader that saves its "
+    "own position, such as torchdata's StatefulDataLoader."
+)
+_NO_GRADIENTS = (
+    "the checkpoint was made between the batches that accumulate into one update, whose gradients are those of other "
+    "ranks: the update goes on without them; save checkpoints at multiples of accumulate_grad_batches."
+)
 _DATA_FRACTION = 10
 _UNKNOWN_LENGTH_GROWTH = 64
 
@@ -172,6 +185,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._noted: str | None = None
         self._last_memory = math.nan
         self._began = False  # between on_train_start and the end
+        self._taken_up = False  # the loader's side of a checkpoint
         self._draw_at_hand: Draw | None = None  # of the batch that the loop is in
 
     @property
@@ -281,11 +295,10 @@ class AdaptiveBatchSize(CallbackBase):
         if sampler is not self._sampler:  # a loader that was made adaptive by the user comes again as it is
             self._open_books(sampler)
         assert self._books is not None
-        plain = self._books.plain
         if self._clock is None:
-            self._clock = self._make_clock(plain)
-        if self._loaded is not None and "sampler" in self._loaded:
-            sampler.load_state_dict(self._loaded["sampler"])
+            self._clock = self._make_clock(self._books.plain)
+        if self._loaded is not None:
+            self._take_up(self._loaded)
         if not self._dry_run and self.batch_size is not None:
             sampler.batch_size = max(1, self.batch_size // trainer.accumulate_grad_batches)
         if self._books.resized and not self._books.has_length:
@@ -295,10 +308,14 @@ class AdaptiveBatchSize(CallbackBase):
     def _open_books(self, sampler: AdaptiveBatchSampler) -> None:
         assert self._trainer is not None
         trainer = self._trainer
+        size = sampler.batch_size
+        if self._loaded is not None and self._controller.reference_batch_size is not None:
+            # However the loader is batched on this number of ranks.
+            size = max(1, self._controller.reference_batch_size // trainer.accumulate_grad_batches)
         whole, plain = (
             plain_epoch(
                 sampler.samples,
-                sampler.batch_size,
+                size,
                 drop_last=sampler.drop_last,
                 world_size=trainer.world_size,
                 accumulate=trainer.accumulate_grad_batches,
@@ -331,8 +348,6 @@ class AdaptiveBatchSize(CallbackBase):
             clock = GainClock(min(steps, plain.updates * epochs) if known else steps)  # type: ignore[operator]
         else:
             clock = SampleClock(steps)
-        if self._loaded is not None and "clock" in self._loaded:
-            clock.load_state_dict(self._loaded["clock"])
         return clock
 
     def _set_bounds(self, plain: PlainEpoch) -> None:
@@ -667,6 +682,7 @@ class AdaptiveBatchSize(CallbackBase):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning calls no ``teardown`` after an exception."""
+        self._began = False
         self._patches.undo()
         self.history.close()
 
@@ -700,8 +716,8 @@ class AdaptiveBatchSize(CallbackBase):
         state = {
             "clock": self._clock.state_dict(),
             "books": self._books.state_dict(),
-            "world_size": trainer.world_size,
             "due": self._due if self._updated_at == _lightning.batches_finished(trainer) else [],
+            "inside_batch": self._draw_at_hand is not None,
             "validation_follows": _lightning.validation_follows(trainer),
             "window": [],
             "ranks": [self._run_state.state_dict()],
@@ -726,36 +742,95 @@ class AdaptiveBatchSize(CallbackBase):
         self._loaded = state_dict if "sampler" in state_dict else None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Every rank's own state of the run goes into the checkpoint."""
+        """What is each rank's own goes into the checkpoint; one that comes of an exception is made by whoever can."""
         _lightning.remove_loader_states(checkpoint)
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        if trainer.world_size > 1 and "ranks" in state and self._began:
+            state["ranks"] = gather(state["ranks"][0])
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        """The loader's side of a checkpoint."""
+        assert self._sampler is not None and self._clock is not None
+        self._sampler.load_state_dict(state["sampler"])
+        self._clock.load_state_dict(state["clock"])
+        self._taken_up = True
 
     def _go_on(self) -> None:
         """From a checkpoint: before the loop looks where it is, and again when it is there."""
         assert self._trainer is not None
-        trainer, state = self._trainer, self._loaded
-        inside = _lightning.inside_epoch(trainer)
-        if not self._began:
-            if state is not None:
-                self._run_state.restore_callback_metrics(state["ranks"][0])
-                (_lightning.count_finished_batch if inside else _lightning.finish_epoch)(trainer)
-            return
-        if state is None:
-            return
-        self._loaded = None
-        assert self._sampler is not None and self._books is not None
+        inside, state = _lightning.inside_epoch(self._trainer), self._loaded
+        if self._began and state is None:
+            self._join(inside)
+        elif self._began and state is not None:
+            self._loaded = None
+            self._go_on_from(state, inside)
+        elif state is not None:
+            self._find_the_place(state, inside)
+
+    def _find_the_place(self, state: Mapping[str, Any], inside: bool) -> None:
+        assert self._trainer is not None and self._sampler is not None and self._books is not None
+        if not self._taken_up:  # strategies that restore late have asked for the loader before
+            self._open_books(self._sampler)
+            self._take_up(state)
+            self._books.announce()
+            _lightning.renew_iterator(self._trainer)
+        self._run_state.restore_callback_metrics(state["ranks"][0])
+        (_lightning.count_finished_batch if inside else _lightning.finish_epoch)(self._trainer)
+
+    def _go_on_from(self, state: Mapping[str, Any], inside: bool) -> None:
+        assert self._trainer is not None and self._sampler is not None and self._books is not None
+        trainer, ranks = self._trainer, state["ranks"]
         if not inside:
-            self._sampler.load_state_dict(state["sampler"])  # the iterator to be thrown away has drawn from it
+            self._sampler.load_state_dict(state["sampler"])  # an iterator that is thrown away has drawn from it
             self._sampler.end_epoch()
-        self._run_state.restore(state["ranks"][0], inside_epoch=inside)
-        if inside:
-            self._batches_popped = _lightning.batches_started(trainer)
-            self._due, self._updated_at = state["due"], self._batches_popped
-            self._window = [Draw(*draw) for draw in state["window"]]
-            if self._window:
-                self._executor.start_update(measure=False)
-                self._run_state.restore_gradients(state["gradients"])
+        same_ranks = len(ranks) == trainer.world_size
+        if trainer.global_rank < len(ranks):
+            self._run_state.restore(ranks[trainer.global_rank], inside_epoch=inside and same_ranks)
+        if not inside:
+            return
+        if not same_ranks:
+            self._say(trainer, _OTHER_RANKS.format(len(ranks), trainer.world_size))
+        if isinstance(self._sampler, Requests):
+            warnings.warn(_NO_POSITION, stacklevel=2)
+        self._batches_popped = _lightning.batches_finished(trainer)
+        self._due, self._updated_at = state["due"], self._batches_popped
+        self._go_on_in_window(state, whole=same_ranks and trainer.world_size == 1)
+        if self._batches_popped and not state["inside_batch"]:
             _lightning.finish_batch(trainer, validate=state["validation_follows"])
-            self._books.go_on(state["books"])
+        self._books.go_on(state["books"])
+
+    def _go_on_in_window(self, state: Mapping[str, Any], *, whole: bool) -> None:
+        """In the middle of an update that is being accumulated; its noise is not measured."""
+        self._window = [Draw(*draw) for draw in state["window"]]
+        if not self._window:
+            return
+        self._window_started, self._window_rows = _host_now(), sum(draw.size for draw in self._window)
+        self._window_samples = self._window_rows
+        self._executor.start_update(measure=False)
+        if whole:
+            self._run_state.restore_gradients(state["gradients"])
+        else:
+            warnings.warn(_NO_GRADIENTS, stacklevel=2)
+
+    def _join(self, inside: bool) -> None:
+        """Go on from a checkpoint that was made without this callback."""
+        assert self._trainer is not None and self._sampler is not None and self._clock is not None
+        trainer, words = self._trainer, ""
+        if inside and self._books is not None:
+            self._batches_popped = _lightning.batches_finished(trainer)
+            self._position = self._sampler.skip_batches(self._batches_popped)
+            self._books.go_on({"validated": False})
+            _lightning.renew_iterator(trainer)
+            words = (
+                f", and the epoch goes on after {self._position} samples in an order that may not be the one "
+                "that it began with"
+            )
+        self._clock.go_on(self._plain, self._position, trainer.global_step)
+        self._say(
+            trainer,
+            f"the checkpoint was made without AdaptiveBatchSize: the batch size starts from the loader's own, "
+            f"{self._reference}{words}.",
+        )
 
 
 def _check_supported(trainer: Trainer, pl_module: LightningModule) -> None:

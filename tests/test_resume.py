@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import random
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +14,16 @@ import pytorch_lightning as pl
 import torch
 from lightning_problems import Recorded, loader, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics import MeanMetric
 
 from adaptive_batch.callbacks import AdaptiveBatchSize
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create .* worker", "ignore:The dirpath has changed"
+)
 
 SAMPLES = 103
 
@@ -80,6 +85,7 @@ class Model(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, epoch = self.trainer.global_step, self.trainer.current_epoch
         self.trace.append(Batch(step, epoch, batch_idx, self.indices, self.used_lr, float(outputs["loss"])))
+        self.used_lr = 0.0  # a batch that makes no update uses none
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
@@ -123,6 +129,8 @@ def train(
 ) -> Run:
     """One run that saves a checkpoint at every step and at each epoch's end, or goes on from one."""
     pl.seed_everything(3 if ckpt is None else 77, verbose=False)
+    if "strategy" in options:
+        options |= {"strategy": options["strategy"](), "accelerator": "auto"}
     model = Model(scheduler)
     adaptive = AdaptiveBatchSize(
         up_and_down() if policy is None else policy() if callable(policy) else policy,
@@ -136,8 +144,7 @@ def train(
         ModelCheckpoint(folder, "val-{step}", monitor="val_loss", save_top_k=-1, save_on_train_epoch_end=False),
     ]
     made = trainer(
-        [*savers, *([adaptive] if plugin else [])],
-        **{"enable_checkpointing": True, "max_epochs": 3, **options}
+        [*savers, *([adaptive] if plugin else [])], **{"enable_checkpointing": True, "max_epochs": 3, **options}
     )
     train_loader = loader(SAMPLES, 8) if data is None else data()
     made.fit(model, train_loader, loader(20, 10, shuffle=False), ckpt_path=ckpt, weights_only=True)
@@ -212,3 +219,123 @@ def test_a_run_resumed_from_a_checkpoint_repeats_the_uninterrupted_one(tmp_path:
 @pytest.mark.parametrize("setup", SETUPS)
 def test_a_run_resumed_from_any_checkpoint_repeats_the_uninterrupted_one(tmp_path: Path, setup: str) -> None:
     assert_any_checkpoint_repeats(tmp_path, some=None, **SETUPS[setup])
+
+
+def seen_in(run: Run, epoch: int) -> list[int]:
+    return [index for batch in run.model.trace for index in batch.indices if batch.epoch == epoch]
+
+
+def test_lightning_does_not_warn_that_the_loader_cannot_be_resumed(tmp_path: Path, recwarn: Any) -> None:
+    train(tmp_path / "whole", max_epochs=1)
+    train(tmp_path / "resumed", tmp_path / "whole" / "step=4.ckpt", max_epochs=1)
+    assert not [w for w in recwarn if "not resumable" in str(w.message)]
+
+
+class TestWithAndWithoutTheCallback:
+    @pytest.mark.filterwarnings(
+        "ignore:Be aware that when using `ckpt_path`", "ignore:You're resuming from a checkpoint that ended before"
+    )
+    def test_a_checkpoint_made_with_the_callback_loads_without_it(self, tmp_path: Path) -> None:
+        train(tmp_path / "with", max_epochs=2)
+        for name in ("step=4.ckpt", "end-epoch=0.ckpt"):
+            resumed = train(tmp_path / "without", tmp_path / "with" / name, plugin=False, max_epochs=2)
+            assert resumed.trainer.current_epoch == 2
+            assert sorted(seen_in(resumed, 1)) == list(range(SAMPLES))
+
+    @pytest.mark.parametrize("shuffle", [False, True])
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_checkpoint_made_without_the_callback_loads_with_it(
+        self, tmp_path: Path, shuffle: bool, workers: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def data() -> DataLoader[Any]:
+            return loader(SAMPLES, 8, shuffle=shuffle, num_workers=workers)
+
+        train(tmp_path / "without", plugin=False, max_epochs=2, data=data)
+        saved = tmp_path / "without" / "step=4.ckpt"
+        with caplog.at_level(logging.INFO, "pytorch_lightning.adaptive_batch"):
+            resumed = train(tmp_path / "with", saved, max_epochs=2, data=data, callback={"verbose": True})
+        (message,) = [record.message for record in caplog.records if "without AdaptiveBatchSize" in record.message]
+        assert "the loader's own, 8" in message and "after 32 samples" in message
+        assert len(resumed.callback.history.changes) > 2
+        assert resumed.callback.controller.reference_batch_size == 8
+        assert len(set(seen_in(resumed, 0))) == SAMPLES - 32
+        assert shuffle or seen_in(resumed, 0) == list(range(32, SAMPLES))
+        assert sorted(seen_in(resumed, 1)) == list(range(SAMPLES))
+        assert resumed.trainer.current_epoch == 2
+        assert len(resumed.model.validations) == 2
+        (scheduler,) = resumed.trainer.lr_scheduler_configs
+        assert scheduler.scheduler.last_epoch == 26  # twice the 13 updates of a plain epoch
+
+    @pytest.mark.parametrize("name", ["step=13.ckpt", "end-epoch=0.ckpt"])
+    def test_an_epoch_that_ended_without_the_callback_is_over(self, tmp_path: Path, name: str) -> None:
+        train(tmp_path / "without", plugin=False, max_epochs=2)
+        resumed = train(tmp_path / "with", tmp_path / "without" / name, max_epochs=2)
+        assert seen_in(resumed, 0) == []
+        assert sorted(seen_in(resumed, 1)) == list(range(SAMPLES))
+
+
+class Breaks(pl.Callback):
+    """Raises in the middle of a batch."""
+
+    def __init__(self, hook: str, batch: int) -> None:
+        self.batch = batch
+        setattr(self, hook, self.explode)
+
+    def explode(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_idx == self.batch:
+            raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_backward", "on_after_backward"])
+def test_a_batch_that_an_exception_interrupts_comes_again(tmp_path: Path, hook: str, workers: int) -> None:
+    def run(ckpt: Path | None, *callbacks: Any) -> Model:
+        pl.seed_everything(3, verbose=False)
+        model = Model()
+        adaptive = AdaptiveBatchSize(up_and_down(), max_batch_size=40, micro_batch_size=None, verbose=False)
+        saver = ModelCheckpoint(tmp_path, "broken", save_top_k=0, save_on_exception=True)
+        made = trainer([adaptive, saver, *callbacks], enable_checkpointing=True, max_epochs=1)
+        made.fit(model, loader(SAMPLES, 8, num_workers=workers), ckpt_path=ckpt, weights_only=True)
+        return model
+
+    broken = Breaks(hook, 3)
+    with pytest.raises(RuntimeError, match="stop"):
+        run(None, broken)
+    saved = torch.load(tmp_path / "broken.ckpt", weights_only=True)
+    resumed = run(tmp_path / "broken.ckpt")
+    consumed = saved["callbacks"]["AdaptiveBatchSize"]["sampler"]["consumed"]
+    indices = [index for batch in resumed.trace for index in batch.indices]
+    assert len(set(indices)) == len(indices) == SAMPLES - consumed
+    assert resumed.trace[0].batch_idx == 3
+
+
+class Late(SingleDeviceStrategy):
+    """Restores callbacks after the set-up, as FSDP and DeepSpeed do."""
+
+    restore_checkpoint_after_setup = True
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_strategies_that_restore_late_go_on_alike(tmp_path: Path, workers: int) -> None:
+    assert_any_checkpoint_repeats(
+        tmp_path, some=3, strategy=Late, data=lambda: loader(SAMPLES, 8, num_workers=workers)
+    )
+
+
+def test_an_iterable_data_set_says_that_it_begins_anew(tmp_path: Path) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(Recorded(SAMPLES))
+
+    def data() -> DataLoader[Any]:
+        return DataLoader(Stream(), batch_size=8)
+
+    whole = train(tmp_path / "whole", data=data, scheduler="fixed")
+    with pytest.warns(UserWarning, match="IterableDataset begins anew when a run is resumed inside an epoch"):
+        resumed = train(tmp_path / "inside", tmp_path / "whole" / "step=4.ckpt", data=data, scheduler="fixed")
+    assert resumed.callback.history.changes[:1] == whole.callback.history.changes[:1]
+    ckpt = tmp_path / "whole" / "end-epoch=0.ckpt"
+    assert_repeats(whole, train(tmp_path / "ends", ckpt, data=data, scheduler="fixed"), ckpt)
