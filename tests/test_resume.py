@@ -320,9 +320,7 @@ class Late(SingleDeviceStrategy):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_strategies_that_restore_late_go_on_alike(tmp_path: Path, workers: int) -> None:
-    assert_any_checkpoint_repeats(
-        tmp_path, some=3, strategy=Late, data=lambda: loader(SAMPLES, 8, num_workers=workers)
-    )
+    assert_any_checkpoint_repeats(tmp_path, some=3, strategy=Late, data=lambda: loader(SAMPLES, 8, num_workers=workers))
 
 
 def test_an_iterable_data_set_says_that_it_begins_anew(tmp_path: Path) -> None:
