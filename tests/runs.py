@@ -74,6 +74,7 @@ class Model(pl.LightningModule):
         self.log("val_loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
+        torch.manual_seed(100 + self.global_rank)  # states that differ between ranks, and rank 0's is one rank's
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=total)
