@@ -48,8 +48,7 @@ _OTHER_RANKS = (
 )
 _NO_POSITION = (
     "an IterableDataset begins anew when a run is resumed inside an epoch: the batch size and the learning rate go on, "
-    "but samples of the epoch may come twice; save checkpoints at the end of epochs, or use a loader that saves its "
-    "own position, such as torchdata's StatefulDataLoader."
+    "but samples of the epoch come twice; save checkpoints at the end of epochs."
 )
 _NO_GRADIENTS = (
     "the checkpoint was made between the batches that accumulate into one update, whose gradients are those of other "

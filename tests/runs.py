@@ -40,7 +40,7 @@ POLICIES: dict[str, Callable[[], Any]] = {
     "constant": lambda: "constant",
     "milestones": lambda: Milestones({100: 24, 300: 12, 500: 40, 800: 16}, unit="samples"),
     "function": lambda: wave,
-    "noise": lambda: NoiseScale(0.5),  # as it is measured, without quantising
+    "noise": lambda: NoiseScale(4.0),  # as it is measured, without quantising
     "goodput": lambda: "goodput",
 }
 
@@ -136,6 +136,7 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     pl.seed_everything(1 if ckpt is None else 2, verbose=False)
     samples, size = options.get("samples", 203), options.get("batch_size", 12)
     x = torch.randn(samples, 8, generator=torch.Generator().manual_seed(3))
+    x[:, 0] += x[:, 0].sign()  # clear enough for the noise scale to be identified in a few updates
     data = TensorDataset(x, (x[:, 0] > 0).long(), torch.arange(samples))
     model = Model(options.get("dropout", 0.1))
     loader = DataLoader(data, max(1, size // world), shuffle=True, num_workers=options.get("workers", 0))

@@ -97,7 +97,7 @@ def assert_survives(folder: Path, policy: str, kills: int, seed: int) -> int:
     weights = ours.pop("weights"), theirs.pop("weights")
     assert ours == theirs
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
-    assert policy == "constant" or len(ours["changes"]) > 2
+    assert policy == "constant" or len(ours["changes"]) > 1
     assert policy != "noise" or ours["measurements"] > 5
     return done
 

@@ -22,7 +22,8 @@ from torchmetrics import MeanMetric
 from adaptive_batch.callbacks import AdaptiveBatchSize
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create .* worker", "ignore:The dirpath has changed"
+    "ignore:This DataLoader will create .* worker",
+    "ignore:The dirpath has changed",
 )
 
 SAMPLES = 103
