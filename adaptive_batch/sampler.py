@@ -206,6 +206,10 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         if self._resume is None:
             set_generator(self._source(), loaded["generator"])
 
+    def count_popped(self) -> None:
+        """Somebody is going to pop ``draws``: from now on nothing else counts as consumed."""
+        self._popped = True
+
     def skip_batches(self, batches: int) -> int:
         """Go on in an epoch of which so many batches of the present size are consumed, in an order of its own.
 

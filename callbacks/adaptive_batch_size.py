@@ -332,6 +332,7 @@ class AdaptiveBatchSize(CallbackBase):
                 "drop; make it smaller."
             )
         self._sampler = sampler
+        sampler.count_popped()
         self._books = EpochBooks(trainer, plain, sampler, self._limits.limit, whole=whole.batches)
         self._limits.check(plain, has_length=self._books.has_length)
         if isinstance(sampler, UserBatchSampler):

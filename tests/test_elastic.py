@@ -101,6 +101,7 @@ def test_from_two_ranks_to_three(tmp_path: Path, whole: Path, two: Path) -> None
     assert_goes_on(Path(shutil.copytree(two, tmp_path / "three")), (2, 3), whole)
 
 
+@pytest.mark.slow
 def test_from_one_rank_to_two(tmp_path: Path, whole: Path) -> None:
     assert_goes_on(stopped(tmp_path / "one", 1), (1, 2), whole)
 
