@@ -51,6 +51,11 @@ class SampleClock:
         """At the start of an epoch, not of a resumed part of one."""
         self.taken = 0
 
+    def go_on(self, plain: PlainEpoch, position: int, steps: int) -> None:
+        """From ``position`` samples of an epoch, after so many ``steps`` of the run that this clock has not seen."""
+        self.taken = math.ceil(position / (plain.batch_size * plain.accumulate))
+        self.total = steps
+
     def advance(self, plain: PlainEpoch, position: int, gain: float, *, last: bool) -> list[int]:
         """Steps due after an update, each as the batch index (from 1) at which Lightning alone would take it.
 
@@ -99,6 +104,10 @@ class GainClock:
 
     def start_epoch(self) -> None:
         """Progress does not know epochs."""
+
+    def go_on(self, plain: PlainEpoch, position: int, steps: int) -> None:
+        """After so many ``steps`` of the run that this clock has not seen; arguments as for :class:`SampleClock`."""
+        self.progress, self.taken = float(steps), steps
 
     def advance(self, plain: PlainEpoch, position: int, gain: float, *, last: bool) -> list[int]:
         """Steps due after an update; arguments as for :meth:`SampleClock.advance`."""

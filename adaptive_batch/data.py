@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
@@ -170,6 +170,13 @@ class _AdaptiveLoader(DataLoader[Any]):
         if isinstance(self.batch_sampler, Requests):
             return len(self.batch_sampler)
         return super().__len__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: where an epoch stands is in :meth:`AdaptiveBatchSampler.state_dict`."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Having this method says that the loader can be resumed."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle_loader, (type(self).__mro__[2], self.__dict__)

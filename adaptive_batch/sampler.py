@@ -206,6 +206,23 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         if self._resume is None:
             set_generator(self._source(), loaded["generator"])
 
+    def count_popped(self) -> None:
+        """Somebody is going to pop ``draws``: from now on nothing else counts as consumed."""
+        self._popped = True
+
+    def skip_batches(self, batches: int) -> int:
+        """Go on in an epoch of which so many batches of the present size are consumed, in an order of its own.
+
+        Returns:
+            The samples that are skipped.
+        """
+        self.end_epoch()
+        total, consumed = self._total(), batches * self.batch_size
+        consumed = consumed if total is None else min(consumed, total)
+        skipped = {"consumed": consumed, "sizes": [[self.batch_size, batches]], "order": order_state(self._source())}
+        self.load_state_dict({**self.state_dict(), **skipped})
+        return consumed
+
     # What an epoch asks; a subclass may answer otherwise
 
     def open(self) -> BatchSource:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from adaptive_batch.callbacks import _lightning
 from adaptive_batch.clocks import PlainEpoch
@@ -65,6 +65,7 @@ class EpochBooks:
         self._whole = plain.batches if isinstance(limit, float) else whole
         self._validated = False
         self._running = False  # inside an epoch
+        self._held_back: list[Any] = []  # the interval between validations, while none may follow
         if isinstance(limit, float) and limit < 1.0 and plain.samples is not None:
             sampler.sample_limit = plain.samples  # a fraction of an epoch is so many samples
 
@@ -79,16 +80,32 @@ class EpochBooks:
         return self._sampler.batch_size != self.plain.batch_size
 
     def announce(self) -> None:
-        """Before training: an estimate for those who ask how many steps there will be."""
-        if self.has_length:
-            self.sync()
-        elif self.plain.batches is not None:
-            self._trainer.fit_loop.max_batches = self.plain.batches
+        """Before training: an answer for those who ask how many steps there will be.
+
+        The plain epoch's, in whose steps schedules advance; what an interrupted epoch happens to have left must not
+        change a schedule that is built anew.
+        """
+        if self.plain.batches is not None:
+            _lightning.set_epoch_length(self._trainer, self.plain.batches)
 
     def start_epoch(self) -> None:
         """Before the epoch's first batch is fetched."""
         self._validated = self._running = False
+        self._release_validation()
         self.sync()
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """In the middle of an epoch, after what followed its last batch before the checkpoint."""
+        self._validated, self._running = bool(state["validated"]), True
+        trainer = self._trainer
+        if not _lightning.validates_by_time(trainer):
+            # Lightning would take a validation point that has passed for one that it has yet to deal with.
+            self._held_back, trainer.val_check_batch = [trainer.val_check_batch], _lightning.NEVER
+        self.sync()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the epoch was validated where an interval in batches asked for it."""
+        return {"validated": self._validated}
 
     def sync(self) -> None:
         """After the size has changed, before the next batch is fetched."""
@@ -106,6 +123,7 @@ class EpochBooks:
     def start_batch(self) -> None:
         """A limit in batches ends the epoch also where Lightning looks for the end of the data."""
         self._running = True
+        self._release_validation()
         limit = self._limit if isinstance(self._limit, int) else None
         if _lightning.batches_started(self._trainer) == limit and not self.has_length:
             _lightning.mark_last_batch(self._trainer)
@@ -119,6 +137,10 @@ class EpochBooks:
             self._end_batch_by_count(last)
         elif self.plain.batches is not None:
             _lightning.validate_now(trainer, self._crosses(before, position, last))
+
+    def _release_validation(self) -> None:
+        if self._held_back:
+            self._trainer.val_check_batch = self._held_back.pop()
 
     def _length(self) -> int | None:
         try:

@@ -326,6 +326,188 @@ def amp_scale(trainer: Trainer) -> Tensor | float:
     return float(scaler.get_scale()) if scale is None else scale  # the tensor, so that nothing waits for the device
 
 
+# Going on from a checkpoint
+
+
+def goes_on(trainer: Trainer) -> bool:
+    """Whether the loops have taken their progress from a checkpoint. Private: ``_loaded_from_state_dict``."""
+    return bool(trainer.fit_loop._loaded_from_state_dict)
+
+
+def inside_epoch(trainer: Trainer) -> bool:
+    """Whether an epoch has started and is not over."""
+    current: Any = trainer.fit_loop.epoch_progress.current
+    return bool(current.processed < current.started)
+
+
+def batches_finished(trainer: Trainer) -> int:
+    """Batches of this epoch that the loop has been through."""
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(current.processed)
+
+
+def _is_counted(trainer: Trainer) -> bool:
+    """Whether the last batch that the loop has been through counts as completed, as it does after its hooks."""
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(current.completed >= current.processed)
+
+
+def count_finished_batch(trainer: Trainer) -> None:
+    """A checkpoint of ``on_train_batch_end`` was taken just before the loop counted its batch as completed.
+
+    Counted here, Lightning does not take a checkpoint of an epoch's last batch for one of the epoch's end, which
+    would leave out the end's hooks and its validation. Private: ``epoch_loop.batch_progress`` (2.0 to 2.6).
+    """
+    if not _is_counted(trainer):
+        trainer.fit_loop.epoch_loop.batch_progress.increment_completed()
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """In ``on_train_batch_end``: whether validation comes next. Private: ``epoch_loop._should_check_val_fx``."""
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    return not _is_counted(trainer) and bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
+
+
+def finish_batch(trainer: Trainer, *, validate: bool) -> None:
+    """What the loop does after a batch, the last before the checkpoint: validation, schedulers that wait for it.
+
+    Private: ``epoch_loop.on_advance_end`` and ``epoch_loop._should_check_val_fx`` (2.0 to 2.6).
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop.val_loop.restarting = False
+    loop.__dict__["_should_check_val_fx"] = lambda _: validate
+    try:
+        loop.on_advance_end(trainer.fit_loop._data_fetcher)
+    finally:
+        del loop.__dict__["_should_check_val_fx"]
+
+
+def finish_epoch(trainer: Trainer) -> None:
+    """The checkpoint is of an epoch's end: do what follows it, and go on as the uninterrupted loop does.
+
+    Otherwise the next epoch would use the iterator that was made before the random states were put back, and with
+    ``max_steps`` Lightning takes the epoch before for one that is not over.
+    Private: ``_restarting`` and ``_resuming_from_checkpoint`` of the loops (2.5 and 2.6 have the second).
+    """
+    fit_loop: Any = trainer.fit_loop
+    for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop):
+        loop._restarting = loop._resuming_from_checkpoint = False
+    progress = fit_loop.epoch_progress.current
+    if progress.completed < progress.processed:
+        fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+
+
+def end_restart(trainer: Trainer) -> None:
+    """At the end of the epoch that went on: from here on nothing is special.
+
+    Lightning would hold schedulers back that wait for a metric, which its checkpoints lack, and take an epoch that
+    had no batch left for a restart of the next. Private: ``_restarting`` and ``on_iteration_done`` of the loops.
+    """
+    trainer.fit_loop._restarting = False
+    trainer.fit_loop.epoch_loop.on_iteration_done()
+
+
+def remove_loader_states(checkpoint: dict[str, Any]) -> None:
+    """Take the training loader's own state out of a checkpoint: it would not load without the callback.
+
+    Private: ``combined_loader`` in the state of ``fit_loop`` (2.2 to 2.6).
+    """
+    checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+
+
+def renew_iterator(trainer: Trainer) -> None:
+    """Begin to fetch anew. Private: ``fit_loop._data_fetcher``."""
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is not None:
+        iter(fetcher)
+
+
+def get_callback_metrics(trainer: Trainer) -> dict[str, Tensor]:
+    """What ``trainer.callback_metrics`` holds."""
+    return {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
+
+
+def set_callback_metrics(trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`get_callback_metrics` gave. Private: ``_logger_connector._callback_metrics``."""
+    device = trainer.strategy.root_device
+    trainer._logger_connector._callback_metrics.update({name: value.to(device) for name, value in metrics.items()})
+
+
+class EpochResults:
+    """What ``self.log(on_epoch=True)`` has accumulated in an epoch, taken over from a checkpoint.
+
+    Lightning makes the place for a value when it is logged for the first time, so the part from before the
+    checkpoint joins it right after that: in the same order of additions as without the interruption. What is not
+    logged again until the epoch ends is put in place then.
+
+    Private: ``epoch_loop._results``, its metrics' ``value``, ``cumulated_batch_size`` and ``meta`` (2.0 to 2.6).
+    """
+
+    _LOGGED_AS = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx", "metric_attribute")
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._results: Any = trainer.fit_loop.epoch_loop._results
+        self._waiting: dict[str, Mapping[str, Any]] = {}
+        self._placed: list[str] = []
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """How each value was logged, and its sum so far."""
+        waiting = {key: dict(entry) for key, entry in self._waiting.items()}
+        return waiting | {
+            key: self._entry(metric)
+            for key, metric in self._results.items()
+            if metric.meta.on_epoch and not metric.has_reset
+        }
+
+    def _entry(self, metric: Any) -> dict[str, Any]:
+        meta = metric.meta
+        return {
+            "logged_as": {name: getattr(meta, name) for name in self._LOGGED_AS},
+            "reduce": meta.reduce_fx.__name__,
+            "sync": bool(meta.sync.should),
+            "values": {name: getattr(metric, name).detach().clone() for name in metric._defaults},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Wait for the names to be logged."""
+        self._waiting = dict(state)
+
+    def join(self) -> None:
+        """After values were logged and before they are logged again."""
+        for key in [key for key in self._waiting if key in self._results]:
+            metric = self._results[key]
+            for name, before in self._waiting.pop(key)["values"].items():
+                now = getattr(metric, name)
+                extreme = metric.meta.is_max_reduction or metric.meta.is_min_reduction
+                join = metric.meta.reduce_fx if extreme else torch.add
+                setattr(metric, name, join(before.to(now.device), now))
+
+    def place(self) -> None:
+        """At the end of an epoch."""
+        self.join()
+        for key, entry in self._waiting.items():
+            attribute, strategy = entry["logged_as"]["metric_attribute"], self._trainer.strategy
+            value = attribute and self._trainer.lightning_module.get_submodule(attribute)
+            self._results.log(
+                **entry["logged_as"],
+                value=torch.zeros((), device=strategy.root_device) if value is None else value,
+                reduce_fx=entry["reduce"],
+                sync_dist=entry["sync"],
+                sync_dist_fn=strategy.reduce,
+                batch_size=1,
+            )
+            for name, before in entry["values"].items():
+                setattr(self._results[key], name, before.to(strategy.root_device))
+            self._placed.append(key)
+        self._waiting.clear()
+
+    def clear(self) -> None:
+        """At the start of an epoch: Lightning makes anew what was put in place for it."""
+        while self._placed:
+            self._results.pop(self._placed.pop(), None)
+
+
 class RankSync:
     """Gradients of several ranks, averaged once per update after all its passes have succeeded.
 

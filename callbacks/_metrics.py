@@ -6,7 +6,7 @@ Private names of torchmetrics: ``_defaults``, ``_reductions``, ``_update_count``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,21 @@ class Metrics:
     def forget(self) -> None:
         """Release the remembered states."""
         self._saved = []
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What each has accumulated: its states and how many updates they are of."""
+        return [
+            {"updates": m._update_count, "states": {name: _copied(getattr(m, name)) for name in m._defaults}}
+            for m in self._metrics
+        ]
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Put back what :meth:`state_dict` gave; metrics that are not the same ones start from nothing."""
+        if [set(m._defaults) for m in self._metrics] != [set(state["states"]) for state in states]:
+            return
+        for metric, state in zip(self._metrics, states, strict=True):
+            values = {name: _moved(value, metric.device) for name, value in state["states"].items()}
+            _set(metric, {**values, "_update_count": state["updates"], "_computed": None})
 
     def start_parts(self, sizes: Sequence[int]) -> None:
         """A batch comes in parts of these many samples."""
@@ -155,6 +170,10 @@ def _state(metric: Metric) -> dict[str, Any]:
 def _set(metric: Metric, state: dict[str, Any]) -> None:
     for name, value in state.items():
         setattr(metric, name, _copied(value))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return [v.to(device) for v in value] if isinstance(value, list) else value.to(device)
 
 
 def _copied(value: Any) -> Any:

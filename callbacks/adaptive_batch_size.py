@@ -17,13 +17,14 @@ from adaptive_batch.callbacks._books import EpochBooks, LoaderLimits, plain_epoc
 from adaptive_batch.callbacks._executor import WeightFn
 from adaptive_batch.callbacks._lightning import CallbackBase, Patches
 from adaptive_batch.callbacks._options import Splitting, check_choice, check_function
+from adaptive_batch.callbacks._resume import RunState
 from adaptive_batch.callbacks.memory_monitor import MemoryMonitor
 from adaptive_batch.clocks import GainClock, PlainEpoch, SampleClock
 from adaptive_batch.controller import BatchSizeController, Decision, check_bounds
 from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
 from adaptive_batch.distributed import SharedOrder, broadcast, gather, merge_ranks
 from adaptive_batch.history import Change, History, Update
-from adaptive_batch.iterable import count_samples
+from adaptive_batch.iterable import Requests, count_samples
 from adaptive_batch.lr_scaling import LRScaling, gain, resolve_lr_scaling, scaled_lr
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.memory import resident_bytes
@@ -41,6 +42,18 @@ __all__ = ["AdaptiveBatchSize"]
 
 _CLOCKS = ("samples", "gain", "updates")
 _MANUAL = "in manual optimization the backward passes are training_step's own"
+_OTHER_RANKS = (
+    "going on from {} ranks on {}: batch size, learning rate and the samples left stay; metrics accumulated in this "
+    "epoch start anew, and random numbers are other ones."
+)
+_NO_POSITION = (
+    "an IterableDataset begins anew when a run is resumed inside an epoch: the batch size and the learning rate go on, "
+    "but samples of the epoch come twice; save checkpoints at the end of epochs."
+)
+_NO_GRADIENTS = (
+    "the checkpoint was made between the batches that accumulate into one update, whose gradients are those of other "
+    "ranks: the update goes on without them; save checkpoints at multiples of accumulate_grad_batches."
+)
 _DATA_FRACTION = 10
 _UNKNOWN_LENGTH_GROWTH = 64
 
@@ -149,7 +162,7 @@ class AdaptiveBatchSize(CallbackBase):
             quantize=quantize,
         )
         self._patches = Patches()
-        self._restored: dict[str, Any] = {}
+        self._loaded: Mapping[str, Any] | None = None  # a checkpoint's state, until the loop goes on from it
         self._updates = 0
         self._samples = 0
         self._start_fit()
@@ -170,6 +183,9 @@ class AdaptiveBatchSize(CallbackBase):
         self._host_mark: float | None = None
         self._noted: str | None = None
         self._last_memory = math.nan
+        self._began = False  # between on_train_start and the end
+        self._taken_up = False  # the loader's side of a checkpoint
+        self._draw_at_hand: Draw | None = None  # of the batch that the loop is in
 
     @property
     def batch_size(self) -> int | None:
@@ -206,6 +222,7 @@ class AdaptiveBatchSize(CallbackBase):
         )
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
         self._limits = LoaderLimits(trainer)
+        self._run_state = RunState(trainer, pl_module)
         _lightning.override_setup_data(self._patches, trainer, self._setup_data)
         _lightning.override_train_loader(self._patches, trainer, self._adapt_loader)
         _lightning.override_closure(self._patches, trainer, self._make_closure)
@@ -244,6 +261,8 @@ class AdaptiveBatchSize(CallbackBase):
             self._limits.restore_interval()
             self._books.announce()
             _lightning.put_back_later(self._patches, self._trainer, self._loaders)
+        if _lightning.goes_on(self._trainer):
+            self._go_on()
 
     def _adapt_loader(self, loader: object) -> object:
         """The user's training loader, made resizable."""
@@ -275,11 +294,10 @@ class AdaptiveBatchSize(CallbackBase):
         if sampler is not self._sampler:  # a loader that was made adaptive by the user comes again as it is
             self._open_books(sampler)
         assert self._books is not None
-        plain = self._books.plain
         if self._clock is None:
-            self._clock = self._make_clock(plain)
-        if "sampler" in self._restored:
-            sampler.load_state_dict(self._restored.pop("sampler"))
+            self._clock = self._make_clock(self._books.plain)
+        if self._loaded is not None:
+            self._take_up(self._loaded)
         if not self._dry_run and self.batch_size is not None:
             sampler.batch_size = max(1, self.batch_size // trainer.accumulate_grad_batches)
         if self._books.resized and not self._books.has_length:
@@ -289,10 +307,14 @@ class AdaptiveBatchSize(CallbackBase):
     def _open_books(self, sampler: AdaptiveBatchSampler) -> None:
         assert self._trainer is not None
         trainer = self._trainer
+        size = sampler.batch_size
+        if self._loaded is not None and self._controller.reference_batch_size is not None:
+            # However the loader is batched on this number of ranks.
+            size = max(1, self._controller.reference_batch_size // trainer.accumulate_grad_batches)
         whole, plain = (
             plain_epoch(
                 sampler.samples,
-                sampler.batch_size,
+                size,
                 drop_last=sampler.drop_last,
                 world_size=trainer.world_size,
                 accumulate=trainer.accumulate_grad_batches,
@@ -310,6 +332,7 @@ class AdaptiveBatchSize(CallbackBase):
                 "drop; make it smaller."
             )
         self._sampler = sampler
+        sampler.count_popped()
         self._books = EpochBooks(trainer, plain, sampler, self._limits.limit, whole=whole.batches)
         self._limits.check(plain, has_length=self._books.has_length)
         if isinstance(sampler, UserBatchSampler):
@@ -325,8 +348,6 @@ class AdaptiveBatchSize(CallbackBase):
             clock = GainClock(min(steps, plain.updates * epochs) if known else steps)  # type: ignore[operator]
         else:
             clock = SampleClock(steps)
-        if "clock" in self._restored:
-            clock.load_state_dict(self._restored.pop("clock"))
         return clock
 
     def _set_bounds(self, plain: PlainEpoch) -> None:
@@ -358,12 +379,14 @@ class AdaptiveBatchSize(CallbackBase):
                 "train_dataloader."
             )
         self._books.sync()
+        self._began = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new epoch: positions start from zero."""
         assert self._books is not None and self._clock is not None
         self._batches_popped = self._position = 0
         self._window.clear()
+        self._run_state.results.clear()
         self._clock.start_epoch()
         self._books.start_epoch()
         self._interrupt_timing()
@@ -378,7 +401,8 @@ class AdaptiveBatchSize(CallbackBase):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Learn how many samples the batch at hand really has."""
         assert self._books is not None
-        draw = self._draw_of(trainer, batch)
+        self._run_state.results.join()
+        self._draw_at_hand = draw = self._draw_of(trainer, batch)
         now = _host_now()
         waited = 0.0 if self._host_mark is None else now - self._host_mark
         if self._update_mark is None:
@@ -536,12 +560,16 @@ class AdaptiveBatchSize(CallbackBase):
             self._end_update(trainer, outputs, last)
             self._stepped = False
         self._books.end_batch(self._before, self._position, last=last)
+        self._run_state.results.join()
+        self._draw_at_hand = None
         self._host_mark = _host_now()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The sampler's next draw starts another epoch; checkpoints of the epoch's end are saved after this."""
         if self._sampler is not None:
             self._sampler.end_epoch()
+        self._run_state.results.place()
+        _lightning.end_restart(trainer)
 
     def _end_update(self, trainer: Trainer, outputs: Any, last: bool) -> None:
         samples = sum(draw.size for draw in self._window)
@@ -654,6 +682,7 @@ class AdaptiveBatchSize(CallbackBase):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning calls no ``teardown`` after an exception."""
+        self._began = False
         self._patches.undo()
         self.history.close()
 
@@ -665,29 +694,143 @@ class AdaptiveBatchSize(CallbackBase):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, controller, sampler, clock and history, as plain numbers and tensors."""
+        """Counts, controller, sampler, clock, history and the state of the run, as plain numbers and tensors.
+
+        A batch that the loop is in the middle of counts as still to come.
+        """
         state: dict[str, Any] = {
             "updates": self._updates,
             "samples": self._samples,
-            "position": self._position,
+            "position": self._position if self._draw_at_hand is None else self._before,
             "controller": self._controller.state_dict(),
             "micro_batches": self._micro_batches.state_dict(),
             "history": self.history.state_dict(),
+            "noted": self._noted,
         }
-        if self._sampler is not None:
-            state["sampler"] = self._sampler.state_dict()
-        if self._clock is not None:
-            state["clock"] = self._clock.state_dict()
+        if self._trainer is not None and self._sampler is not None:
+            state |= self._loop_state(self._trainer)
+        return state
+
+    def _loop_state(self, trainer: Trainer) -> dict[str, Any]:
+        assert self._sampler is not None and self._books is not None and self._clock is not None
+        state = {
+            "clock": self._clock.state_dict(),
+            "books": self._books.state_dict(),
+            "due": self._due if self._updated_at == _lightning.batches_finished(trainer) else [],
+            "inside_batch": self._draw_at_hand is not None,
+            "validation_follows": _lightning.validation_follows(trainer),
+            "window": [],
+            "ranks": [self._run_state.state_dict()],
+        }
+        if self._draw_at_hand is not None:
+            self._sampler.draws.appendleft(self._draw_at_hand)
+        state["sampler"] = self._sampler.state_dict()
+        if self._draw_at_hand is not None:
+            self._sampler.draws.popleft()
+        elif self._window:
+            state["window"] = [list(draw) for draw in self._window]
+            state["gradients"] = self._run_state.gradients()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave; the sampler's part waits for the loader."""
+        """Put back what :meth:`state_dict` gave; what belongs to the loop waits until it goes on."""
         self._controller.load_state_dict(state_dict["controller"])
         self.history.load_state_dict(state_dict["history"])
         self._micro_batches.load_state_dict(state_dict["micro_batches"])
         self._updates, self._samples = state_dict["updates"], state_dict["samples"]
-        self._position = state_dict["position"]
-        self._restored = {key: state_dict[key] for key in ("sampler", "clock") if key in state_dict}
+        self._position, self._noted = state_dict["position"], state_dict["noted"]
+        self._loaded = state_dict if "sampler" in state_dict else None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """What is each rank's own goes into the checkpoint; one that comes of an exception is made by whoever can."""
+        _lightning.remove_loader_states(checkpoint)
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        if trainer.world_size > 1 and "ranks" in state and self._began:
+            state["ranks"] = gather(state["ranks"][0])
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        """The loader's side of a checkpoint."""
+        assert self._sampler is not None and self._clock is not None
+        self._sampler.load_state_dict(state["sampler"])
+        self._clock.load_state_dict(state["clock"])
+        self._taken_up = True
+
+    def _go_on(self) -> None:
+        """From a checkpoint: before the loop looks where it is, and again when it is there."""
+        assert self._trainer is not None
+        inside, state = _lightning.inside_epoch(self._trainer), self._loaded
+        if self._began and state is None:
+            self._join(inside)
+        elif self._began and state is not None:
+            self._loaded = None
+            self._go_on_from(state, inside)
+        elif state is not None:
+            self._find_the_place(state, inside)
+
+    def _find_the_place(self, state: Mapping[str, Any], inside: bool) -> None:
+        assert self._trainer is not None and self._sampler is not None and self._books is not None
+        if not self._taken_up:  # strategies that restore late have asked for the loader before
+            self._open_books(self._sampler)
+            self._take_up(state)
+            self._books.announce()
+            _lightning.renew_iterator(self._trainer)
+        self._run_state.restore_callback_metrics(state["ranks"][0])
+        (_lightning.count_finished_batch if inside else _lightning.finish_epoch)(self._trainer)
+
+    def _go_on_from(self, state: Mapping[str, Any], inside: bool) -> None:
+        assert self._trainer is not None and self._sampler is not None and self._books is not None
+        trainer, ranks = self._trainer, state["ranks"]
+        if not inside:
+            self._sampler.load_state_dict(state["sampler"])  # an iterator that is thrown away has drawn from it
+            self._sampler.end_epoch()
+        same_ranks = len(ranks) == trainer.world_size
+        if trainer.global_rank < len(ranks):
+            self._run_state.restore(ranks[trainer.global_rank], inside_epoch=inside and same_ranks)
+        if not inside:
+            return
+        if not same_ranks:
+            self._say(trainer, _OTHER_RANKS.format(len(ranks), trainer.world_size))
+        if isinstance(self._sampler, Requests):
+            warnings.warn(_NO_POSITION, stacklevel=2)
+        self._batches_popped = _lightning.batches_finished(trainer)
+        self._due, self._updated_at = state["due"], self._batches_popped
+        self._go_on_in_window(state, whole=same_ranks and trainer.world_size == 1)
+        if self._batches_popped and not state["inside_batch"]:
+            _lightning.finish_batch(trainer, validate=state["validation_follows"])
+        self._books.go_on(state["books"])
+
+    def _go_on_in_window(self, state: Mapping[str, Any], *, whole: bool) -> None:
+        """In the middle of an update that is being accumulated; its noise is not measured."""
+        self._window = [Draw(*draw) for draw in state["window"]]
+        if not self._window:
+            return
+        self._window_started, self._window_rows = _host_now(), sum(draw.size for draw in self._window)
+        self._window_samples = self._window_rows
+        self._executor.start_update(measure=False)
+        if whole:
+            self._run_state.restore_gradients(state["gradients"])
+        else:
+            warnings.warn(_NO_GRADIENTS, stacklevel=2)
+
+    def _join(self, inside: bool) -> None:
+        """Go on from a checkpoint that was made without this callback."""
+        assert self._trainer is not None and self._sampler is not None and self._clock is not None
+        trainer, words = self._trainer, ""
+        if inside and self._books is not None:
+            self._batches_popped = _lightning.batches_finished(trainer)
+            self._position = self._sampler.skip_batches(self._batches_popped)
+            self._books.go_on({"validated": False})
+            _lightning.renew_iterator(trainer)
+            words = (
+                f", and the epoch goes on after {self._position} samples in an order that may not be the one "
+                "that it began with"
+            )
+        self._clock.go_on(self._plain, self._position, trainer.global_step)
+        self._say(
+            trainer,
+            f"the checkpoint was made without AdaptiveBatchSize: the batch size starts from the loader's own, "
+            f"{self._reference}{words}.",
+        )
 
 
 def _check_supported(trainer: Trainer, pl_module: LightningModule) -> None:
