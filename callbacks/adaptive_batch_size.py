@@ -262,7 +262,8 @@ class AdaptiveBatchSize(CallbackBase):
                 "in common; let one DataLoader draw from all data sets (torch.utils.data.StackDataset pairs them, "
                 "ConcatDataset chains them)."
             )
-        adaptive = make_adaptive(loader, rank=trainer.global_rank, world_size=trainer.world_size)
+        rank, shares = _lightning.data_share(trainer)
+        adaptive = make_adaptive(loader, rank=rank, world_size=shares)
         sampler = adaptive.batch_sampler
         assert isinstance(sampler, AdaptiveBatchSampler)
         if self._seed is not None and sampler.samples is not None:
@@ -294,7 +295,7 @@ class AdaptiveBatchSize(CallbackBase):
                 sampler.samples,
                 sampler.batch_size,
                 drop_last=sampler.drop_last,
-                world_size=trainer.world_size,
+                world_size=sampler.world_size,
                 accumulate=trainer.accumulate_grad_batches,
                 limit=limit,
             )
@@ -443,7 +444,8 @@ class AdaptiveBatchSize(CallbackBase):
         assert self._batch_size_of is not None
         self._local_samples = size = self._batch_size_of(batch)
         if trainer.world_size > 1:
-            size = int(trainer.strategy.reduce(torch.tensor(size), reduce_op="sum"))
+            counts = int(trainer.strategy.reduce(torch.tensor(size), reduce_op="sum"))
+            size = counts * self._executor.ranks // trainer.world_size  # under tensor parallelism some count alike
         if _has_rows(batch, self._local_samples):  # as after a collate function that leaves samples out
             self._rows, self._drawn = self._local_samples, size
         if self._before == 0 and not draw.last and not draw.nominal / 4 <= size <= draw.nominal * 4:

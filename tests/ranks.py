@@ -11,15 +11,36 @@ import os
 import random
 import sys
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from adaptive_batch.callbacks import AdaptiveBatchSize
+from adaptive_batch.callbacks import AdaptiveBatchSize, AutoMicroBatch
+
+
+class CPUFSDP(FSDPStrategy):
+    """Lightning's, which insists on a GPU, with torch's own wrapper told that there is none."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "static_graph": lambda: DDPStrategy(static_graph=True),
+    "bucket_view": lambda: DDPStrategy(gradient_as_bucket_view=True),
+    "fsdp": CPUFSDP,
+    "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+    "tensor_parallel": lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2),
+}
 
 
 class Model(pl.LightningModule):
@@ -35,6 +56,18 @@ class Model(pl.LightningModule):
         self.lrs: list[float] = []
         self.passes = 0
         self.exploded = False
+
+    def configure_model(self) -> None:
+        if self.options.get("strategy") == "fsdp2" and not isinstance(self.net[0].weight, DTensor):
+            mesh: Any = self.device_mesh
+            for part in (self.net[0], self.net[3]):
+                fully_shard(part, mesh=mesh["data_parallel"])
+
+    def on_train_end(self) -> None:
+        wrapped: Any = self.trainer.strategy.model
+        sharded = isinstance(wrapped, FullyShardedDataParallel)
+        with FullyShardedDataParallel.summon_full_params(wrapped) if sharded else nullcontext():
+            self.weights = {name: whole(weight) for name, weight in self.state_dict().items()}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y, _index = batch
@@ -71,9 +104,12 @@ class Model(pl.LightningModule):
         ]
 
 
+def whole(weight: Tensor) -> Tensor:
+    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).clone()
+
+
 def main(folder: Path, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     pl.seed_everything(1, verbose=False)
@@ -87,7 +123,8 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     rng = random.Random(int(os.environ.get("RANK", "0")))  # ranks that would disagree, were they not made to agree
     sizes = iter(options["sizes"])
     policy = options.get("policy") or (lambda m: next(sizes, m.batch_size) + 0.1 * rng.random())
-    callback = AdaptiveBatchSize(
+    strategy = options.get("strategy", "ddp") if world > 1 else "auto"
+    callback: Any = AdaptiveBatchSize(
         policy,
         min_batch_size=2,
         max_batch_size=options.get("max_batch_size", 64),
@@ -95,18 +132,23 @@ def main(folder: Path, options: dict[str, Any]) -> None:
         lr_scaling=options.get("lr_scaling", "linear"),
         micro_batch_size=options.get("micro_batch_size", "auto"),
         verbose=False,
+        **options.get("callback", {}),
     )
+    if "auto_micro_batch" in options:
+        callback = AutoMicroBatch()
     model = Model(options)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world, strategy=options.get("strategy", "ddp") if world > 1 else "auto",
+        accelerator="cpu", devices=world, strategy=STRATEGIES[strategy]() if strategy in STRATEGIES else strategy,
         max_epochs=options.get("epochs", 2), logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[callback],
-        accumulate_grad_batches=options.get("accumulate", 1),
+        accumulate_grad_batches=options.get("accumulate", 1), sync_batchnorm=options.get("sync_batchnorm", False),
     )  # fmt: skip
-    trainer.fit(model, loader)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(model, loader)
     torch.save(
         {
-            "weights": {k: v for k, v in model.state_dict().items()},
+            "weights": model.weights,
             "indices": model.indices,
             "sizes": model.sizes,
             "lrs": model.lrs,
@@ -118,6 +160,7 @@ def main(folder: Path, options: dict[str, Any]) -> None:
                 callback.controller.noise.grad_variance,
                 callback.controller.noise.measurements,
             ],
+            "warnings": [str(warning.message) for warning in caught],
             "exploded": model.exploded,
             "global_step": trainer.global_step,
         },

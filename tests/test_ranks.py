@@ -18,8 +18,8 @@ TIMEOUT = 300  # a hang is a failure
 BASE: dict[str, Any] = {"samples": 101, "batch_size": 12, "sizes": [12, 17, 30, 9, 7, 25, 13, 40, 6, 6, 21]}
 
 
-def run(folder: Path, world: int, **options: Any) -> list[dict[str, Any]]:
-    """Train on ``world`` ranks; what each of them ended with."""
+def start(folder: Path, world: int, **options: Any) -> list[subprocess.Popen[str]]:
+    """One process per rank, as torchrun would start them."""
     folder.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -41,15 +41,22 @@ def run(folder: Path, world: int, **options: Any) -> list[dict[str, Any]]:
         command = [sys.executable, "tests/ranks.py", str(folder), json.dumps({**BASE, **options})]
         root = Path(__file__).parent.parent
         processes.append(subprocess.Popen(command, env=environment, cwd=root, stderr=subprocess.PIPE, text=True))
-    errors = []
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout: float = TIMEOUT) -> list[str]:
+    """What each rank said before it failed, empty for one that did not."""
     try:
-        for process in processes:
-            _, error = process.communicate(timeout=TIMEOUT)
-            if process.returncode:
-                errors.append(error[-3000:])
+        said = [process.communicate(timeout=timeout)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
+    return [error[-3000:] if process.returncode else "" for process, error in zip(processes, said, strict=True)]
+
+
+def run(folder: Path, world: int, **options: Any) -> list[dict[str, Any]]:
+    """Train on ``world`` ranks; what each of them ended with."""
+    errors = [error for error in finish(start(folder, world, **options)) if error]
     assert not errors, errors[0]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
 
@@ -126,3 +133,60 @@ def test_the_ranks_are_the_parts_of_the_noise_estimate(tmp_path: Path) -> None:
     (one,) = run(tmp_path / "one", 1, policy="constant", lr_scaling="none", epochs=6)
     assert variance > 0
     assert ranks[0]["global_step"] <= one["global_step"]
+
+
+FSDP = "under ModelParallelStrategy the ranks wait for each other inside every pass"
+STATIC = "DDPStrategy(static_graph=True) allows no pass without an all-reduce"
+SYNCHRONISED = "under SyncBatchNorm the ranks wait for each other inside every pass"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"strategy": "fsdp2", "micro_batch_size": 4},
+            f"micro_batch_size=4 needs updates that can be split, but {FSDP}; leave it out.",
+        ),
+        (
+            {"strategy": "static_graph", "callback": {"memory_budget": "1GiB"}},
+            f"memory_budget='1GiB' needs updates that can be split, but {STATIC}; leave it out.",
+        ),
+        (
+            {"sync_batchnorm": True, "batch_norm": True, "callback": {"self_check": True}},
+            f"self_check=True needs updates that can be split, but {SYNCHRONISED}; leave it out.",
+        ),
+        (
+            {"strategy": "fsdp2", "auto_micro_batch": True},
+            f"AutoMicroBatch cannot split the batches of this run: {FSDP}; leave it out.",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_split_is_refused_on_every_rank_where_it_was_asked_for(
+    tmp_path: Path, options: dict[str, Any], sentence: str
+) -> None:
+    errors = finish(start(tmp_path / "ranks", 2, **options))
+    assert all(f"ValueError: {sentence}" in error for error in errors)
+
+
+@pytest.mark.parametrize(("strategy", "why"), [("static_graph", STATIC), ("fsdp2", FSDP), ("fsdp", "CPUFSDP")])
+def test_what_cannot_be_split_is_resized_all_the_same(
+    tmp_path: Path, reference: dict[str, Any], strategy: str, why: str
+) -> None:
+    ranks = run(tmp_path / "ranks", 2, strategy=strategy)
+    assert_one_machine(ranks, reference)
+    for rank in ranks:
+        said = [warning for warning in rank["warnings"] if "will not be split" in warning]
+        assert len(said) == 1 and why in said[0]
+
+
+@pytest.mark.parametrize("strategy", ["static_graph", "fsdp", "fsdp2"])
+def test_what_cannot_be_split_is_measured_all_the_same(tmp_path: Path, strategy: str) -> None:
+    """Every source is unbiased, so that all of them see about the same variance."""
+    options: dict[str, Any] = {"policy": "goodput", "epochs": 6, "max_batch_size": 12}
+    plain = run(tmp_path / "plain", 2, **options)
+    ranks = run(tmp_path / "ranks", 2, strategy=strategy, **options)
+    assert ranks[0]["noise"] == ranks[1]["noise"]
+    _, variance, measurements = ranks[0]["noise"]
+    assert measurements == plain[0]["noise"][2] > 20
+    assert 0.7 < variance / plain[0]["noise"][1] < 1.4
