@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -184,11 +185,19 @@ class UpdateExecutor:
         self.micro_batch_size = 0
         self._memory.peak = 0.0
 
-    def start_batch(self, samples: int, wait: float = 0.0, *, global_samples: int | None = None) -> None:
+    def start_batch(
+        self,
+        samples: int,
+        wait: float = 0.0,
+        *,
+        global_samples: int | None = None,
+        counted: tuple[int, int] | None = None,
+    ) -> None:
         """The next closure is for this rank's ``samples`` of a batch, which the loop has waited for.
 
-        Ranks average their gradients whatever their shares, so each weighs its loss by its share; without
-        ``global_samples`` all count alike, as in plain Lightning.
+        Ranks average their gradients whatever their shares, so each weighs its loss by its share: of the samples, or
+        where ``weight_fn`` says that the loss is a mean over something else, of what the user has ``counted`` (on this
+        rank, on all). Without ``global_samples`` all count alike, as in plain Lightning.
         """
         self._samples = samples
         self._wait = wait
@@ -196,6 +205,8 @@ class UpdateExecutor:
             self._share = 1.0
         elif self._loss_reduction == "sum":
             self._share = float(self.ranks)
+        elif counted is not None and self._weight_fn is not None:
+            self._share = self.ranks * counted[0] / counted[1]
         else:
             self._share = self.ranks * samples / global_samples
         self._batch_sizes.append(samples if global_samples is None else global_samples)

@@ -21,7 +21,7 @@ from adaptive_batch.callbacks.memory_monitor import MemoryMonitor
 from adaptive_batch.clocks import GainClock, PlainEpoch, SampleClock
 from adaptive_batch.controller import BatchSizeController, Decision, check_bounds
 from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
-from adaptive_batch.distributed import SharedOrder, broadcast, gather, merge_ranks
+from adaptive_batch.distributed import Agreement, SharedOrder, broadcast
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.iterable import count_samples
 from adaptive_batch.lr_scaling import LRScaling, gain, resolve_lr_scaling, scaled_lr
@@ -266,13 +266,7 @@ class AdaptiveBatchSize(CallbackBase):
         adaptive = make_adaptive(loader, rank=rank, world_size=shares)
         sampler = adaptive.batch_sampler
         assert isinstance(sampler, AdaptiveBatchSampler)
-        if self._seed is not None and sampler.samples is not None:
-            sampler.sampler = SeededOrder(sampler.sampler, self._seed)
-        if trainer.world_size > 1:
-            self._controller.exchange = lambda own: merge_ranks(gather(own))
-            self._controller.agree = broadcast
-            if not isinstance(loader.sampler, DistributedSampler):  # whose order follows from seed and epoch
-                sampler.sampler = SharedOrder(sampler.sampler, trainer.global_rank)
+        self._order(loader, sampler)
         if sampler is not self._sampler:  # a loader that was made adaptive by the user comes again as it is
             self._open_books(sampler)
         assert self._books is not None
@@ -286,6 +280,30 @@ class AdaptiveBatchSize(CallbackBase):
         if self._books.resized and not self._books.has_length:
             self._limits.look_for_the_end()
         return adaptive
+
+    def _order(self, loader: DataLoader[Any], sampler: AdaptiveBatchSampler) -> None:
+        """Make the order follow from the seed, if there is one, and every rank have the same."""
+        assert self._trainer is not None
+        own = sampler.batch_sampler if isinstance(sampler, UserBatchSampler) else None
+        if self._seed is not None and sampler.samples is not None:
+            if own is None:
+                sampler.sampler = SeededOrder(sampler.sampler, self._seed)
+            elif hasattr(own, "sampler"):
+                own.sampler = SeededOrder(own.sampler, self._seed)
+            else:
+                raise ValueError(
+                    f"seed={self._seed} cannot order the batches of {type(own).__name__}, which has no sampler to "
+                    "take them from; let it seed itself, and leave seed out."
+                )
+        if self._trainer.world_size == 1:
+            return
+        agreement = Agreement(self._trainer.strategy.root_device, sampler.world_size)
+        self._controller.exchange = agreement.measurements
+        self._controller.agree = agreement.proposal
+        if isinstance(sampler, UserBatchSampler):
+            sampler.send = broadcast
+        elif not isinstance(loader.sampler, DistributedSampler):  # whose order follows from seed and epoch
+            sampler.sampler = SharedOrder(sampler.sampler, self._trainer.global_rank)
 
     def _open_books(self, sampler: AdaptiveBatchSampler) -> None:
         assert self._trainer is not None
@@ -395,7 +413,12 @@ class AdaptiveBatchSize(CallbackBase):
         self._window_rows += self._rows
         self._window_samples += self._local_samples
         waited = waited if _on_host(trainer) else 0.0
-        self._executor.start_batch(self._rows, waited, global_samples=max(self._drawn, self._rows))
+        self._executor.start_batch(
+            self._rows,
+            waited,
+            global_samples=max(self._drawn, self._rows),
+            counted=None if self._batch_size_of is None else (self._local_samples, draw.size),
+        )
         if self._manual:
             self._executor.micro_batch_size = max(self._executor.micro_batch_size, self._rows)
         self._books.start_batch()
@@ -444,7 +467,8 @@ class AdaptiveBatchSize(CallbackBase):
         assert self._batch_size_of is not None
         self._local_samples = size = self._batch_size_of(batch)
         if trainer.world_size > 1:
-            counts = int(trainer.strategy.reduce(torch.tensor(size), reduce_op="sum"))
+            own = torch.tensor(size, device=trainer.strategy.root_device)
+            counts = int(trainer.strategy.reduce(own, reduce_op="sum"))
             size = counts * self._executor.ranks // trainer.world_size  # under tensor parallelism some count alike
         if _has_rows(batch, self._local_samples):  # as after a collate function that leaves samples out
             self._rows, self._drawn = self._local_samples, size

@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from adaptive_batch.callbacks import AdaptiveBatchSize, AutoMicroBatch
 
@@ -79,7 +79,9 @@ class Model(pl.LightningModule):
         hidden = self.net[:3](x)
         if boom and not self.exploded and explosion["place"] == "backward":
             hidden.register_hook(lambda gradient: self.explode())
-        loss = nn.functional.cross_entropy(self.net[3](hidden), y)
+        losses = nn.functional.cross_entropy(self.net[3](hidden), y, reduction="none")
+        weights = weigh(batch) if self.options.get("weighted") else torch.ones_like(losses)
+        loss = (weights * losses).sum() / weights.sum()
         self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         return loss
 
@@ -104,6 +106,42 @@ class Model(pl.LightningModule):
         ]
 
 
+class Buckets:
+    """Batches of a random number of indices, in an order that is drawn while they are read."""
+
+    def __init__(self, samples: int, batch_size: int) -> None:
+        self.samples, self.batch_size = samples, batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        left = list(range(self.samples))
+        while left:
+            random.shuffle(left)
+            size = self.batch_size - int(torch.randint(0, 3, ()))
+            size = size if len(left) - size >= 3 else len(left)
+            yield left[:size]
+            left = left[size:]
+
+
+class Sampled(BatchSampler):
+    """With an order of its own over the batches."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch = []
+        for index in self.sampler:
+            batch.append(index)
+            if len(batch) >= self.batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def weigh(batch: Any) -> Tensor:
+    """The samples count as much as their numbers say, from 1 to 3."""
+    index: Tensor = batch[2]
+    return 1 + index % 3
+
+
 def whole(weight: Tensor) -> Tensor:
     return (weight.full_tensor() if isinstance(weight, DTensor) else weight).clone()
 
@@ -116,10 +154,15 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     samples = options["samples"]
     x = torch.randn(samples, 8)
     data = TensorDataset(x, (x[:, 0] > 0).long(), torch.arange(samples))
-    loader = DataLoader(
-        data, options["batch_size"] // world, shuffle=True, drop_last=options.get("drop_last", False),
-        num_workers=options.get("workers", 0),
-    )  # fmt: skip
+    size, workers = options["batch_size"] // world, options.get("workers", 0)
+    order: Any = options.get("order")
+    if order == "buckets":
+        loader = DataLoader(data, batch_sampler=Buckets(samples, size), num_workers=workers)
+    elif order == "sampled":
+        loader = DataLoader(data, batch_sampler=Sampled(RandomSampler(data), size, drop_last=False))
+    else:
+        drop_last = options.get("drop_last", False)
+        loader = DataLoader(data, size, shuffle=True, drop_last=drop_last, num_workers=workers)
     rng = random.Random(int(os.environ.get("RANK", "0")))  # ranks that would disagree, were they not made to agree
     sizes = iter(options["sizes"])
     policy = options.get("policy") or (lambda m: next(sizes, m.batch_size) + 0.1 * rng.random())
@@ -132,6 +175,8 @@ def main(folder: Path, options: dict[str, Any]) -> None:
         lr_scaling=options.get("lr_scaling", "linear"),
         micro_batch_size=options.get("micro_batch_size", "auto"),
         verbose=False,
+        weight_fn=(lambda part, batch: weigh(part).sum() / weigh(batch).sum()) if options.get("weighted") else None,
+        batch_size_of=(lambda batch: int(weigh(batch).sum())) if options.get("weighted") else None,
         **options.get("callback", {}),
     )
     if "auto_micro_batch" in options:

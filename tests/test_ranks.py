@@ -109,6 +109,31 @@ def test_accumulated_batches_count_over_all_ranks(tmp_path: Path) -> None:
     assert_one_machine(run(tmp_path / "ranks", 2, accumulate=2), one)
 
 
+@pytest.mark.parametrize("options", [{"order": "buckets"}, {"order": "buckets", "workers": 1}], ids=str)
+def test_a_batch_sampler_of_the_users_is_drawn_alike_however_it_draws(tmp_path: Path, options: dict[str, Any]) -> None:
+    (one,) = run(tmp_path / "one", 1, **options)
+    assert len(set(one["batch_sizes"])) > 5
+    assert_one_machine(run(tmp_path / "ranks", 2, **options), one)
+
+
+@pytest.mark.parametrize("order", ["sampled", None])
+def test_the_order_follows_from_the_seed_on_any_number_of_ranks(tmp_path: Path, order: str | None) -> None:
+    options: dict[str, Any] = {"order": order, "sizes": [], "epochs": 1}
+    one, other = (run(tmp_path / f"{seed}", 1, **options, callback={"seed": seed})[0] for seed in (3, 4))
+    ranks = run(tmp_path / "ranks", 2, **options, callback={"seed": 3})
+    assert one["indices"] != other["indices"]
+    assert_one_machine(ranks, one)
+    in_order = [index for pair in zip(*(rank["indices"] for rank in ranks), strict=False) for index in pair]
+    assert in_order[:96] == one["indices"][:96]
+
+
+def test_what_batch_size_of_counts_is_added_over_the_ranks_and_weighs_them(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"weighted": True, "lr_scaling": "none", "max_batch_size": 128}
+    (one,) = run(tmp_path / "one", 1, **options)
+    assert any(size % 2 for size in one["batch_sizes"])
+    assert_one_machine(run(tmp_path / "ranks", 2, **options), one)
+
+
 def test_buffers_of_batch_norm_survive_one_rank_out_of_memory(tmp_path: Path) -> None:
     options = {"batch_norm": True, "micro_batch_size": 1000}
     plain = run(tmp_path / "plain", 2, **options)
