@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import Sampler
 
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.noise.sample import NoiseSample, equivalent_sample
+from adaptive_batch.sampler import AdaptiveBatchSampler
 
 __all__ = ["Agreement", "SharedOrder", "broadcast"]
 
@@ -66,26 +68,30 @@ class SharedOrder(Sampler[Any]):
 class Agreement:
     """What the ranks of a run tell each other at a decision, so that all of them take the same.
 
-    Five messages, whose bytes do not depend on the number of ranks but for eight from each: two reductions over the
-    numbers of the updates since the last decision, the time that each rank took for them, the passes of the rank that
-    took longest, and rank 0's proposal.
+    Five exchanges, whose bytes do not depend on the number of ranks but for sixteen from each: two reductions over
+    the numbers of the updates since the last decision, the time that each rank took for them, the passes of the rank
+    that took longest, and rank 0's proposal.
 
     Args:
         device: where the process group's tensors live.
-        shares: ranks that take a share of each batch; under tensor parallelism several take the same.
+        sampler: what shares the batches out.
+
+    Attributes:
+        seconds_per_sample: the median of each rank's passes since the decision before the last.
     """
 
-    def __init__(self, device: torch.device, shares: int) -> None:
+    def __init__(self, device: torch.device, sampler: AdaptiveBatchSampler) -> None:
         self._device = device
-        self._shares = shares
+        self._sampler = sampler
+        self.seconds_per_sample: list[float] = []
 
     def measurements(self, own: Sequence[Measurement]) -> list[Measurement]:
         """One measurement per update from those that each rank made of it.
 
         The update takes as long as on the slowest rank (one that has not timed it leaves it untimed) and as much
         memory as on the fullest; its parts stand for those of all ranks (:func:`equivalent_sample`); a pass of ``n``
-        samples on each of ``W`` ranks is one of ``W n`` samples, timed on the rank whose passes took longest since
-        the last decision.
+        samples on each of ``W`` ranks is one of ``W n`` samples (with weights, of as many as all take meanwhile),
+        timed on the rank whose passes took longest since the last decision.
 
         Args:
             own: this rank's; every rank has as many.
@@ -112,11 +118,19 @@ class Agreement:
     def _slowest_passes(self, own: Sequence[Measurement]) -> list[tuple[list[int], list[float]]]:
         """For each update the sizes and seconds of its passes, on the rank that they took longest on in all."""
         passes = [(list(m.pass_sizes), [float(seconds) for seconds in m.pass_seconds]) for m in own]
-        seconds = torch.tensor([sum(sum(times) for _, times in passes)], dtype=torch.float64, device=self._device)
-        everyone = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=self._device)
-        dist.all_gather_into_tensor(everyone, seconds)
-        slowest = broadcast(passes, src=int(everyone.argmax()))
-        return [([self._shares * size for size in sizes], times) for sizes, times in slowest]
+        per_sample = [t / n for sizes, times in passes for n, t in zip(sizes, times, strict=True)]
+        times = [sum(sum(times) for _, times in passes), median(per_sample) if per_sample else math.nan]
+        everyone = torch.zeros(dist.get_world_size(), 2, dtype=torch.float64, device=self._device)
+        dist.all_gather_into_tensor(everyone, torch.tensor([times], dtype=torch.float64, device=self._device))
+        totals, self.seconds_per_sample = everyone.T.tolist()
+        rank = max(range(len(totals)), key=totals.__getitem__)
+        slowest = broadcast(passes, src=rank)
+        return [([self._over_ranks(size, rank) for size in sizes], times) for sizes, times in slowest]
+
+    def _over_ranks(self, size: int, rank: int) -> int:
+        """Samples on all ranks while one has a pass of ``size``."""
+        weights = self._sampler.weights
+        return self._sampler.world_size * size if weights is None else round(size * sum(weights) / weights[rank])
 
 
 def _read(own: Sequence[Measurement]) -> list[tuple[Measurement, list[float]]]:

@@ -90,7 +90,7 @@ class UpdateExecutor:
         self._module = module
         self._loss_reduction = loss_reduction
         self._weight_fn = weight_fn
-        self._recovers = recovers
+        self.recovers = recovers
         self._rollback = Rollback(module)
         self._across_batch = batch_dependent_layers(module)
         self._without_examples = "probe" if probes or self._across_batch else "micro_batches"
@@ -114,7 +114,7 @@ class UpdateExecutor:
             raise ValueError(f'noise="{noise}" cannot be had: {self._unmeasured}; use noise="auto".')
         self._samples = 0
         self._wait = 0.0
-        self._share = 1.0
+        self.share = 1.0
         self.limit = limit
         self._memory = PassMemory(module, limit, self._device, measures=recovers)
         self.start_update(measure=False)
@@ -202,14 +202,18 @@ class UpdateExecutor:
         self._samples = samples
         self._wait = wait
         if global_samples is None:
-            self._share = 1.0
+            self.share = 1.0
         elif self._loss_reduction == "sum":
-            self._share = float(self.ranks)
+            self.share = float(self.ranks)
         elif counted is not None and self._weight_fn is not None:
-            self._share = self.ranks * counted[0] / counted[1]
+            self.share = self.ranks * counted[0] / counted[1]
         else:
-            self._share = self.ranks * samples / global_samples
+            self.share = self.ranks * samples / global_samples
         self._batch_sizes.append(samples if global_samples is None else global_samples)
+
+    def weigh(self, loss: Tensor) -> Tensor:
+        """The batch's loss by this rank's share."""
+        return loss if self.share == 1.0 else loss * self.share
 
     def make_closure(self, original: Callable[..., Any], kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
         """Lightning's closure for this batch, made to run in parts where it has to."""
@@ -265,7 +269,7 @@ class UpdateExecutor:
                 self._run_probe(kwargs)
         if self._measure and self._sharded:
             self._measure = all_can_split(self._trainer, self._samples, PURPOSEFUL_PARTS)
-        if not self._recovers:
+        if not self.recovers:
             self._check_first(kwargs)
             result = self._attempt(closure, plain, kwargs, self._sizes(split=self._splits_to_measure))
             self._end_batch()
@@ -359,7 +363,7 @@ class UpdateExecutor:
         parts = None
         # An optimizer may call the closure many times (LBFGS); its first call is the one to measure.
         norms = self._norms() if self._taps else None
-        buffered = self._recovers or len(sizes) > 1
+        buffered = self.recovers or len(sizes) > 1
         log = _lightning.LogBuffer(self._trainer) if buffered else None
         with log or nullcontext(), norms or nullcontext():
             if len(sizes) == 1:
@@ -403,8 +407,8 @@ class UpdateExecutor:
         """Lightning's own closure: not even a factor of one where nothing is split."""
         closure._zero_grad_fn = self._once(closure, closure._zero_grad_fn)
         backward = closure._backward_fn
-        if self._share != 1.0 and backward is not None:
-            closure._backward_fn = lambda loss: backward(loss * self._share)
+        if self.share != 1.0 and backward is not None:
+            closure._backward_fn = lambda loss: backward(loss * self.share)
         try:
             return plain()
         finally:
@@ -412,7 +416,7 @@ class UpdateExecutor:
 
     def _once(self, closure: Any, zero_grad: Callable[[], None] | None) -> Callable[[], None] | None:
         """Clearing the gradients, which a second attempt must not repeat: its hooks are per update."""
-        if zero_grad is None or not self._recovers:
+        if zero_grad is None or not self.recovers:
             return zero_grad
 
         def clear() -> None:
@@ -461,7 +465,7 @@ class UpdateExecutor:
         if output.closure_loss is None:
             closure.warning_cache.warn("`training_step` returned `None`: that part of the batch adds nothing.")
         elif closure._backward_fn is not None:
-            closure._backward_fn(output.closure_loss * (weight * self._share))
+            closure._backward_fn(output.closure_loss * (weight * self.share))
         return output
 
     def _weight(self, part: Any, batch: Any, size: int, samples: int) -> Number:
@@ -471,7 +475,7 @@ class UpdateExecutor:
 
     def _mean_gradient_factor(self, weight: Number, size: int) -> Number:
         """What the mean gradient of a part's samples was multiplied with before it reached the hooks."""
-        scale = _lightning.amp_scale(self._trainer) * self._share / self._trainer.accumulate_grad_batches
+        scale = _lightning.amp_scale(self._trainer) * self.share / self._trainer.accumulate_grad_batches
         return scale * (size if self._loss_reduction == "sum" else weight)
 
     def _parameters(self) -> list[nn.Parameter]:

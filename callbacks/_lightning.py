@@ -149,6 +149,15 @@ def override_manual_step(patches: Patches, trainer: Trainer, step: Callable[...,
     patches.override(trainer.strategy, "optimizer_step", make)
 
 
+def override_backward(patches: Patches, trainer: Trainer, weigh: Callable[[Tensor], Tensor]) -> None:
+    """Let every backward pass of the strategy, also one that training_step makes, start from ``weigh(loss)``."""
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        return lambda loss, *others, **options: original(weigh(loss), *others, **options)
+
+    patches.override(trainer.strategy, "backward", make)
+
+
 def override_scheduler_steps(patches: Patches, trainer: Trainer, indices: Callable[[bool], Iterator[int]]) -> None:
     """Step the per-update schedulers once for each batch index that ``indices(plateau)`` gives.
 

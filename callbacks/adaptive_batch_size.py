@@ -23,7 +23,7 @@ from adaptive_batch.controller import BatchSizeController, Decision, check_bound
 from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
 from adaptive_batch.distributed import Agreement, SharedOrder, broadcast
 from adaptive_batch.history import Change, History, Update
-from adaptive_batch.iterable import count_samples
+from adaptive_batch.iterable import Requests, count_samples
 from adaptive_batch.lr_scaling import LRScaling, gain, resolve_lr_scaling, scaled_lr
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.memory import resident_bytes
@@ -31,6 +31,7 @@ from adaptive_batch.noise.schedule import measures_noise
 from adaptive_batch.noise.sources import check_source
 from adaptive_batch.order import SeededOrder
 from adaptive_batch.policies import Policy, resolve_policy
+from adaptive_batch.shares import balanced_weights
 from adaptive_batch.timing import Elapsed, Mark, mark
 from adaptive_batch.user_batches import UserBatchSampler
 
@@ -43,6 +44,7 @@ _CLOCKS = ("samples", "gain", "updates")
 _MANUAL = "in manual optimization the backward passes are training_step's own"
 _DATA_FRACTION = 10
 _UNKNOWN_LENGTH_GROWTH = 64
+_NAMED_SHARES = 8
 
 
 class AdaptiveBatchSize(CallbackBase):
@@ -84,6 +86,9 @@ class AdaptiveBatchSize(CallbackBase):
         history_size: updates kept in ``history``.
         self_check: compare the first batch's gradient with that of its parts before training on it, and refuse a model
             or a loss that does not decompose, with the reason; everything is put back.
+        balance_ranks: whether faster ranks take more samples of each batch, so that none waits for another. Shares
+            follow the measured time of a sample on each rank, where that makes an update at least 5 % shorter; the
+            update stays the mean over the batch. Each rank always has a sample.
         dry_run: measure and say what would be done, change nothing.
         seed: the order of the samples follows from this and the epoch alone; ``None`` leaves it to the sampler's own
             random numbers.
@@ -114,6 +119,7 @@ class AdaptiveBatchSize(CallbackBase):
         batch_size_of: Callable[[Any], int] | None = None,
         history_size: int = 10_000,
         self_check: bool = False,
+        balance_ranks: bool = False,
         dry_run: bool = False,
         seed: int | None = None,
         verbose: bool = True,
@@ -137,6 +143,7 @@ class AdaptiveBatchSize(CallbackBase):
         )
         self._micro_batches = self._splitting.limit
         self._batch_size_of = batch_size_of
+        self._balance_ranks = balance_ranks and not dry_run
         self._dry_run = dry_run
         self._seed = seed
         self._verbose = verbose
@@ -156,6 +163,7 @@ class AdaptiveBatchSize(CallbackBase):
 
     def _start_fit(self) -> None:
         self._trainer: Trainer | None = None
+        self._agreement: Agreement | None = None
         self._loaders: list[DataLoader[Any]] = []
         self._sampler: AdaptiveBatchSampler | None = None
         self._books: EpochBooks | None = None
@@ -204,6 +212,11 @@ class AdaptiveBatchSize(CallbackBase):
             probes=self._dry_run,
             why_not=_MANUAL if self._manual else None,
         )
+        if self._balance_ranks and trainer.world_size > 1 and not self._executor.recovers:
+            raise ValueError(
+                "balance_ranks=True needs passes in which no rank waits for another, to tell how fast each is; use DDP "
+                'and micro_batch_size="auto", or leave it out.'
+            )
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
         self._limits = LoaderLimits(trainer)
         _lightning.override_setup_data(self._patches, trainer, self._setup_data)
@@ -213,6 +226,7 @@ class AdaptiveBatchSize(CallbackBase):
             _lightning.override_optimizer_step(self._patches, trainer, self._optimizer_step)
         else:
             _lightning.override_manual_step(self._patches, trainer, self._manual_step)
+            _lightning.override_backward(self._patches, trainer, self._executor.weigh)
         if self._clock_name != "updates":
             _lightning.override_scheduler_steps(self._patches, trainer, self._scheduler_indices)
 
@@ -297,9 +311,14 @@ class AdaptiveBatchSize(CallbackBase):
                 )
         if self._trainer.world_size == 1:
             return
-        agreement = Agreement(self._trainer.strategy.root_device, sampler.world_size)
-        self._controller.exchange = agreement.measurements
-        self._controller.agree = agreement.proposal
+        self._agreement = Agreement(self._trainer.strategy.root_device, sampler)
+        self._controller.exchange = self._agreement.measurements
+        self._controller.agree = self._agreement.proposal
+        if self._balance_ranks and isinstance(sampler, Requests):
+            raise ValueError(
+                "balance_ranks=True needs data that is drawn by index, but an IterableDataset shares its samples out "
+                "by itself; leave it out."
+            )
         if isinstance(sampler, UserBatchSampler):
             sampler.send = broadcast
         elif not isinstance(loader.sampler, DistributedSampler):  # whose order follows from seed and epoch
@@ -429,7 +448,7 @@ class AdaptiveBatchSize(CallbackBase):
         if draw is None:
             raise RuntimeError("the training loader yielded a batch that its batch sampler did not draw.")
         assert self._sampler is not None
-        self._drawn, self._rows = draw.size, len(range(self._sampler.rank, draw.size, self._sampler.world_size))
+        self._drawn, self._rows = draw.size, self._sampler.share(draw.size, draw.weights)
         self._local_samples = self._rows
         if self._batch_size_of is not None:
             self._position -= self._advances(trainer, draw)
@@ -596,8 +615,23 @@ class AdaptiveBatchSize(CallbackBase):
         decision = self._controller.observe(measurement)
         if decision is not None:
             self._apply(trainer, decision)
+        self._balance(trainer)
         self._note(trainer)
         self._record(trainer, samples, nominal, seconds)
+
+    def _balance(self, trainer: Trainer) -> None:
+        """New shares for the ranks, once after each decision."""
+        if not self._balance_ranks or self._agreement is None or not self._agreement.seconds_per_sample:
+            return
+        assert self._sampler is not None
+        times, self._agreement.seconds_per_sample = self._agreement.seconds_per_sample, []
+        alike = (1,) * len(times)
+        weights = tuple(balanced_weights(times, self._sampler.weights or alike))
+        if weights != (self._sampler.weights or alike):
+            self._sampler.weights = weights
+            shares = ", ".join(f"{weight / sum(weights):.1%}" for weight in weights[:_NAMED_SHARES])
+            more = ", ..." if len(weights) > _NAMED_SHARES else ""
+            self._remark(trainer, f"shares of the ranks in a batch: {shares}{more}")
 
     def _in_samples(self, rows: list[int]) -> list[int]:
         """Rows of a batch as what the user counts in it."""

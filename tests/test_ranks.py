@@ -44,6 +44,18 @@ def start(folder: Path, world: int, **options: Any) -> list[subprocess.Popen[str
     return processes
 
 
+def launch(folder: Path, world: int, **options: Any) -> list[dict[str, Any]]:
+    """Train on ``world`` ranks that Lightning starts by itself."""
+    folder.mkdir(parents=True)
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "tests/ranks.py", str(folder), json.dumps({**BASE, "devices": world, **options})]
+    process = subprocess.Popen(command, env=environment, cwd=root, stderr=subprocess.PIPE, text=True)
+    (error,) = finish([process])
+    assert not error, error
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
+
+
 def finish(processes: list[subprocess.Popen[str]], timeout: float = TIMEOUT) -> list[str]:
     """What each rank said before it failed, empty for one that did not."""
     try:
@@ -104,6 +116,28 @@ def test_one_rank_out_of_memory_hangs_nobody_and_changes_nothing(
     assert_one_machine(ranks, reference)
 
 
+def test_steps_of_training_steps_own_are_those_of_one_rank(tmp_path: Path) -> None:
+    (one,) = run(tmp_path / "one", 1, manual=True)
+    assert_one_machine(run(tmp_path / "ranks", 2, manual=True), one)
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 1, "micro_batch_size": 7}], ids=str)
+def test_a_rank_that_is_twice_as_fast_takes_twice_as_much_of_the_same_updates(
+    tmp_path: Path, reference: dict[str, Any], options: dict[str, Any]
+) -> None:
+    one = run(tmp_path / "one", 1, **options)[0] if options else reference
+    ranks = run(tmp_path / "ranks", 2, **options, seconds_per_sample=[1.0, 2.0], callback={"balance_ranks": True})
+    assert_one_machine(ranks, one)
+    sizes = list(zip(ranks[0]["sizes"], ranks[1]["sizes"], strict=True))
+    assert min(min(pair) for pair in sizes) >= 1
+    assert sum(abs(fast - 2 * slow) <= 2 for fast, slow in sizes) >= len(sizes) - 6
+
+
+def test_shares_are_refused_where_ranks_wait_for_each_other_inside_a_pass(tmp_path: Path) -> None:
+    for error in finish(start(tmp_path / "ranks", 2, strategy="static_graph", callback={"balance_ranks": True})):
+        assert "ValueError: balance_ranks=True needs passes in which no rank waits" in error
+
+
 def test_accumulated_batches_count_over_all_ranks(tmp_path: Path) -> None:
     (one,) = run(tmp_path / "one", 1, accumulate=2)
     assert_one_machine(run(tmp_path / "ranks", 2, accumulate=2), one)
@@ -148,6 +182,53 @@ def test_unused_parameters_stay_unused(tmp_path: Path) -> None:
     options = {"unused": True, "strategy": "ddp_find_unused_parameters_true"}
     (one,) = run(tmp_path / "one", 1, unused=True)
     assert_one_machine(run(tmp_path / "ranks", 2, **options), one)
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "bucket_view"}], ids=str)
+def test_each_update_is_averaged_once_through_the_users_communication_hook(
+    tmp_path: Path, reference: dict[str, Any], options: dict[str, Any]
+) -> None:
+    explode = {"rank": 1, "pass": 5, "place": "backward"}
+    ranks = run(tmp_path / "ranks", 2, comm_hook=True, micro_batch_size=4, explode=explode, **options)
+    assert [rank["exploded"] for rank in ranks] == [False, True]
+    assert_one_machine(ranks, reference)
+    assert [rank["averaged"] for rank in ranks] == [reference["global_step"]] * 2
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+def test_ranks_that_lightning_starts_by_itself_are_one_machine(
+    tmp_path: Path, reference: dict[str, Any], strategy: str
+) -> None:
+    assert_one_machine(launch(tmp_path / "ranks", 2, strategy=strategy), reference)
+
+
+def assert_a_lost_rank_ends_the_run_with_a_sound_checkpoint(folder: Path, signal: str, timeout: float) -> None:
+    options: dict[str, Any] = {"strategy": "short_timeout", "checkpoint": 2}
+    processes = start(folder / "lost", 2, **options, fault={"signal": signal, "pass": 7})
+    try:
+        _, error = processes[0].communicate(timeout=timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode > 0 and "RuntimeError" in error
+    assert not list((folder / "lost").glob("rank*.pt"))
+    last = max((folder / "lost").glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["global_step"] == 6
+    resumed = run(folder / "resumed", 2, **options, resume=str(last))
+    (one,) = run(folder / "one", 1, **options, resume=str(last))
+    assert_one_machine(resumed, one)
+    assert resumed[0]["global_step"] > 6
+
+
+def test_the_others_end_when_a_rank_is_killed_inside_an_update_and_the_checkpoint_is_sound(tmp_path: Path) -> None:
+    assert_a_lost_rank_ends_the_run_with_a_sound_checkpoint(tmp_path, "SIGKILL", TIMEOUT)
+
+
+@pytest.mark.slow  # waits for the process group's timeout
+def test_the_others_end_when_a_rank_stops_answering_and_the_checkpoint_is_sound(tmp_path: Path) -> None:
+    assert_a_lost_rank_ends_the_run_with_a_sound_checkpoint(tmp_path, "SIGSTOP", TIMEOUT)
 
 
 def test_the_ranks_are_the_parts_of_the_noise_estimate(tmp_path: Path) -> None:
