@@ -407,8 +407,8 @@ class UpdateExecutor:
         """Lightning's own closure: not even a factor of one where nothing is split."""
         closure._zero_grad_fn = self._once(closure, closure._zero_grad_fn)
         backward = closure._backward_fn
-        if self.share != 1.0 and backward is not None:
-            closure._backward_fn = lambda loss: backward(loss * self.share)
+        if backward is not None:
+            closure._backward_fn = lambda loss: backward(self.weigh(loss))
         try:
             return plain()
         finally:
