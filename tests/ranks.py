@@ -89,9 +89,9 @@ class Model(pl.LightningModule):
     def on_train_start(self) -> None:
         if self.options.get("comm_hook"):  # which Lightning registers on GPUs only
             wrapped: Any = self.trainer.strategy.model
-            wrapped.register_comm_hook(None, self.average)
+            wrapped.register_comm_hook(None, lambda state, bucket: self.average(bucket))
 
-    def average(self, state: Any, bucket: Any) -> Any:
+    def average(self, bucket: Any) -> Any:
         self.averaged += bucket.is_last()
         group: Any = dist.group.WORLD
         return allreduce_hook(group, bucket)

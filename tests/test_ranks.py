@@ -128,7 +128,7 @@ def test_steps_of_training_steps_own_are_those_of_one_rank(tmp_path: Path) -> No
     assert_one_machine(run(tmp_path / "ranks", 2, manual=True), one)
 
 
-@pytest.mark.parametrize("options", [{}, slow({"workers": 1, "micro_batch_size": 7})], ids=str)
+@pytest.mark.parametrize("options", [{}, slow({"workers": 1, "samples": 104, "micro_batch_size": 7})], ids=str)
 def test_a_rank_that_is_twice_as_fast_takes_twice_as_much_of_the_same_updates(
     tmp_path: Path, reference: dict[str, Any], options: dict[str, Any]
 ) -> None:
