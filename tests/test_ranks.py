@@ -217,7 +217,7 @@ def assert_a_lost_rank_ends_the_run_with_a_sound_checkpoint(folder: Path, signal
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
     assert processes[0].returncode > 0 and "RuntimeError" in error
     assert not list((folder / "lost").glob("rank*.pt"))
     last = max((folder / "lost").glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
