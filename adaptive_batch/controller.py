@@ -92,7 +92,7 @@ class BatchSizeController:
         note: the newest reason to keep the size, ``None`` after a change; each is given once between changes.
         noise: the :class:`GradientNoiseScale` in force: that of the shortest memory that identifies the noise scale.
         step_time: the :class:`StepTimeModel` fed with the updates' times.
-        exchange: on several ranks, makes one list of measurements of those that each rank made.
+        exchange: on several ranks, makes one list of measurements of those that each rank made, of plain numbers.
         agree: on several ranks, gives all of them the same proposal.
 
     Raises:
@@ -193,7 +193,7 @@ class BatchSizeController:
         """Read the pending measurements' numbers in one transfer and update the estimates; the last loss."""
         pending = self._pending
         if self.exchange is not None:
-            pending = self.exchange([Measurement(**_plain(m)) for m in pending])
+            pending = self.exchange(pending)
         last = pending[-1].loss
         unread = [n for m in pending for n in (*m.part_sq_norms, m.sq_norm)]
         *norms, loss = read_numbers([*unread, last])

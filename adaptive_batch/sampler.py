@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from torch.utils.data import Sampler
 
 from adaptive_batch.order import get_generator, order_restored, order_state, set_epoch, set_generator
+from adaptive_batch.shares import share_sizes
 
 __all__ = ["AdaptiveBatchSampler", "Draw"]
 
@@ -31,12 +32,14 @@ class Draw(NamedTuple):
         position: samples of this epoch drawn up to and including this batch.
         last: whether it ended the epoch, as far as known: with ``drop_last`` a later resize can still add a
             batch or drop one, and the end of a sampler without a length may only show at the next draw.
+        weights: by which the ranks share it, ``None`` for alike.
     """
 
     size: int
     nominal: int
     position: int
     last: bool
+    weights: tuple[int, ...] | None = None
 
 
 class AdaptiveBatchSampler(Sampler[list[Any]]):
@@ -64,6 +67,8 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         draws: a :class:`Draw` for each batch, oldest first, to be popped from the left for each delivered
             batch. The first draw of an epoch clears what an epoch before left behind.
         sample_limit: at most so many samples per epoch, as if the sampler ended there; ``None`` for all.
+        weights: one per rank, the same on all; from the next draw on ranks take samples in proportion to them, at
+            least one each. ``None`` is alike.
 
     Raises:
         ValueError: for a size below 1 or below ``world_size``, and for a rank outside of the world.
@@ -87,6 +92,7 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         self.batch_size = batch_size
         self.draws: deque[Draw] = deque()
         self.sample_limit: int | None = None
+        self.weights: tuple[int, ...] | None = None
         self._epoch: Epoch | None = None  # the one that draws and len() speak of
         self._resume: dict[str, Any] | None = None  # a loaded state that the next draw continues
         self._queued = 0  # draws of this epoch that went into the queue, popped or not
@@ -107,7 +113,13 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
     @property
     def local_batch_size(self) -> int:
         """Samples of this rank's share of a full batch."""
-        return len(range(self.rank, self.batch_size, self.world_size))
+        return self.share(self.batch_size, self.weights)
+
+    def share(self, samples: int, weights: tuple[int, ...] | None) -> int:
+        """This rank's samples of a batch."""
+        if weights is None:
+            return len(range(self.rank, samples, self.world_size))
+        return share_sizes(samples, weights)[self.rank]
 
     @property
     def samples(self) -> int | None:
@@ -236,8 +248,14 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
     def hand_out(self, epoch: Epoch, batch: list[Any], nominal: int) -> list[Any]:
         """This rank's share of a drawn batch."""
         if self._epoch is epoch:  # a pass that another one has overtaken keeps no books
-            self._queue(Draw(len(batch), nominal, epoch.position, self._is_last(epoch)))
-        return batch if self.world_size == 1 else batch[self.rank :: self.world_size]
+            self._queue(Draw(len(batch), nominal, epoch.position, self._is_last(epoch), self.weights))
+        if self.world_size == 1:
+            return batch
+        if self.weights is None:
+            return batch[self.rank :: self.world_size]
+        sizes = share_sizes(len(batch), self.weights)
+        start = sum(sizes[: self.rank])
+        return batch[start : start + sizes[self.rank]]
 
     def _is_last(self, epoch: Epoch) -> bool:
         total = self._total()

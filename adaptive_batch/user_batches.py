@@ -34,7 +34,7 @@ class UserBatchSampler(AdaptiveBatchSampler):
     It yields the global batches. What ``batch_size`` counts is its own matter (samples, tokens, nodes), and
     how many indices a batch has too. While its size is the one that it came with, its own ``len()`` holds;
     after that the end is found by drawing one batch ahead, and ``len()`` only says how far it is about. It
-    resumes by drawing again, so its order must follow from the random state.
+    resumes by drawing again, so its order must follow from the random state. On several ranks only rank 0 draws.
 
     Args:
         batch_sampler: the user's; a shallow copy of it is resized.
@@ -45,6 +45,7 @@ class UserBatchSampler(AdaptiveBatchSampler):
     Attributes:
         sample_limit: at most so many units of ``batch_size`` per epoch, in whole batches.
         on_length_change: called when a draw has shown more of where the epoch ends.
+        send: gives rank 0's batch to all ranks; while it is ``None``, each draws by itself.
     """
 
     def __init__(self, batch_sampler: Any, *, order: Any, rank: int, world_size: int) -> None:
@@ -60,6 +61,7 @@ class UserBatchSampler(AdaptiveBatchSampler):
         )
         self.own_size = self.batch_size
         self.on_length_change: Callable[[], None] | None = None
+        self.send: Callable[[Any], Any] | None = None
         self._full_at = 0  # the newest size that a batch had exactly
         self._stale = 0  # batches in a row that had it still, after the size was changed
 
@@ -109,7 +111,8 @@ class UserBatchSampler(AdaptiveBatchSampler):
     def draw_from(self, batches: Any, batch_size: int) -> list[Any]:
         """The next of the user's batches at that size, an empty one at the end."""
         self.batch_sampler.batch_size = batch_size
-        batch = list(next(batches, ()))
+        batch = list(next(batches, ())) if self.send is None or self.rank == 0 else []
+        batch = batch if self.send is None else list(self.send(batch))
         self._notice_stale_size(len(batch), batch_size)
         return batch
 

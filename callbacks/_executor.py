@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -15,6 +16,7 @@ from adaptive_batch.callbacks._metrics import Metrics
 from adaptive_batch.callbacks._parts import Parts
 from adaptive_batch.callbacks._probe import Probe
 from adaptive_batch.callbacks._self_check import SelfCheck
+from adaptive_batch.callbacks._sharded import ShardedNorms, all_can_split, sharded_sq_norm
 from adaptive_batch.callbacks._trial import Trial
 from adaptive_batch.layers import batch_dependent_layers, is_compiled, warn_of_splitting
 from adaptive_batch.measurement import Number
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["UpdateExecutor"]
 
 WeightFn = Callable[[Any, Any], "float | Tensor"]
+_Norms = PartNorms | PerExampleNorms | ShardedNorms
 
 PURPOSEFUL_PARTS = 2
 """Parts of an update that is split for the noise alone: each costs a pass's overhead, and what limits the
@@ -56,6 +59,9 @@ class UpdateExecutor:
         loss_reduction: whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` over its samples.
         weight_fn: ``(micro_batch, batch) -> weight`` of a part's loss, for losses that are neither.
         recovers: whether a batch may be split after an out-of-memory error.
+        splits: whether an update can be split at all; where it cannot, the ranks' gradients before they are averaged
+            still show the noise. Under sharded parameters, of which no rank has a gradient of its own, all ranks split
+            a measured update alike.
         explores: whether to find out, before the first update, how many samples ``limit.budget`` allows.
         self_check: whether to compare the gradients of the first batch, split and unsplit.
         noise: where the noise is measured: ``"micro_batches"`` splits updates, ``"probe"`` makes passes of its
@@ -74,6 +80,7 @@ class UpdateExecutor:
         loss_reduction: str,
         weight_fn: WeightFn | None,
         recovers: bool,
+        splits: bool = True,
         noise: str = "auto",
         probes: bool,
         explores: bool = False,
@@ -83,12 +90,14 @@ class UpdateExecutor:
         self._module = module
         self._loss_reduction = loss_reduction
         self._weight_fn = weight_fn
-        self._recovers = recovers
+        self.recovers = recovers
         self._rollback = Rollback(module)
         self._across_batch = batch_dependent_layers(module)
         self._without_examples = "probe" if probes or self._across_batch else "micro_batches"
         self._automatic = noise == "auto"
         self._noise = self._without_examples if self._automatic else noise
+        self._sharded = _lightning.shards_parameters(trainer)
+        self._splits = splits or self._sharded
         self._examples = PerExampleNorms(module) if noise == "per_example" else None
         self._probe = Probe(trainer, module)
         if recovers or limit.largest is not None:
@@ -97,12 +106,15 @@ class UpdateExecutor:
         self._device = trainer.strategy.root_device
         self._explores = explores
         self._self_check = SelfCheck(trainer, module, self._weight) if self_check else None
-        self.ranks = trainer.world_size
+        self.ranks = _lightning.data_share(trainer)[1]
         if self._examples is not None and self.ranks > 1:
             raise ValueError('noise="per_example" measures one rank alone; use noise="auto" on several.')
+        self._unmeasured, self._warned = self._why_not_measured(), False
+        if noise != "auto" and self._unmeasured is not None:
+            raise ValueError(f'noise="{noise}" cannot be had: {self._unmeasured}; use noise="auto".')
         self._samples = 0
         self._wait = 0.0
-        self._share = 1.0
+        self.share = 1.0
         self.limit = limit
         self._memory = PassMemory(module, limit, self._device, measures=recovers)
         self.start_update(measure=False)
@@ -119,19 +131,39 @@ class UpdateExecutor:
 
     def on_fit_start(self) -> None:
         """The optimizer is known: if nothing else was asked for, take norms by example where that is possible."""
-        if not self._automatic or self._across_batch or self.ranks > 1 or is_compiled(self._module):
+        if not self._automatic or self._across_batch or self.ranks > 1 or self._sharded or is_compiled(self._module):
             return
         try:
             examples = PerExampleNorms(self._module)
         except Unmeasurable:
             return
         if set(examples.parameters) == {p for p in self._parameters() if p.requires_grad}:
-            self._noise, self._examples = "per_example", examples
+            self._noise, self._examples, self._unmeasured = "per_example", examples, None
 
     @property
     def noise_schedule(self) -> Schedule:
         """At which updates to measure the noise."""
         return PARTS if self._examples is None else EXAMPLES
+
+    def _why_not_measured(self) -> str | None:
+        """Why nothing shows the noise of this run, ``None`` where something does."""
+        strategy = type(self._trainer.strategy).__name__
+        if self._sharded and self._noise != "micro_batches":
+            layers = f", and {self._across_batch[0]} looks across the batch" if self._across_batch else ""
+            return f"under {strategy} only an update that is split shows it{layers}"
+        if self._sharded and self._trainer.accumulate_grad_batches > 1:
+            return f"under {strategy} the batches of accumulate_grad_batches cannot be told apart"
+        if not self._splits and self.ranks == 1 and self._examples is None:
+            return "on one rank only updates that are split show it, and these cannot be"
+        return None
+
+    def _measurable(self) -> bool:
+        if self._unmeasured is None:
+            return True
+        if not self._warned:
+            warnings.warn(f"the gradient noise of this run is not measured: {self._unmeasured}.", stacklevel=2)
+            self._warned = True
+        return False
 
     def start_update(self, *, measure: bool, watch: bool = False, time_parts: bool = False) -> None:
         """Forget the last update.
@@ -141,8 +173,8 @@ class UpdateExecutor:
             watch: record the squared norm of its gradient, measured or not.
             time_parts: if it is measured without being split, time a pass over half of it besides.
         """
-        self._measure = measure
-        self._watch = watch and self._noise != "probe"
+        self._measure = measure and self._measurable()
+        self._watch = watch and self._noise != "probe" and self._unmeasured is None
         self._time_parts = time_parts
         self._batch_sizes: list[int] = []
         self.pass_sizes: list[int] = []
@@ -153,21 +185,35 @@ class UpdateExecutor:
         self.micro_batch_size = 0
         self._memory.peak = 0.0
 
-    def start_batch(self, samples: int, wait: float = 0.0, *, global_samples: int | None = None) -> None:
+    def start_batch(
+        self,
+        samples: int,
+        wait: float = 0.0,
+        *,
+        global_samples: int | None = None,
+        counted: tuple[int, int] | None = None,
+    ) -> None:
         """The next closure is for this rank's ``samples`` of a batch, which the loop has waited for.
 
-        Ranks average their gradients whatever their shares, so each weighs its loss by its share; without
-        ``global_samples`` all count alike, as in plain Lightning.
+        Ranks average their gradients whatever their shares, so each weighs its loss by its share: of the samples, or
+        where ``weight_fn`` says that the loss is a mean over something else, of what the user has ``counted`` (on this
+        rank, on all). Without ``global_samples`` all count alike, as in plain Lightning.
         """
         self._samples = samples
         self._wait = wait
         if global_samples is None:
-            self._share = 1.0
+            self.share = 1.0
         elif self._loss_reduction == "sum":
-            self._share = float(self.ranks)
+            self.share = float(self.ranks)
+        elif counted is not None and self._weight_fn is not None:
+            self.share = self.ranks * counted[0] / counted[1]
         else:
-            self._share = self.ranks * samples / global_samples
+            self.share = self.ranks * samples / global_samples
         self._batch_sizes.append(samples if global_samples is None else global_samples)
+
+    def weigh(self, loss: Tensor) -> Tensor:
+        """The batch's loss by this rank's share."""
+        return loss if self.share == 1.0 else loss * self.share
 
     def make_closure(self, original: Callable[..., Any], kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
         """Lightning's closure for this batch, made to run in parts where it has to."""
@@ -184,10 +230,17 @@ class UpdateExecutor:
             largest = min(largest, -(-n // PURPOSEFUL_PARTS))
         return balanced_sizes(n, largest, self.limit.smallest)
 
+    def _parts_over_ranks(self) -> list[int]:
+        """Samples of each part of an update that every rank splits for the noise."""
+        samples = self._batch_sizes[-1]
+        shares = (len(range(rank, samples, self.ranks)) for rank in range(self.ranks))
+        halves = (balanced_sizes(n, -(-n // PURPOSEFUL_PARTS)) for n in shares)
+        return [sum(part) for part in zip(*halves, strict=True)]
+
     @property
     def _splits_to_measure(self) -> bool:
-        """The batches of an accumulation window are parts already."""
-        alone = self.ranks == 1 and self._trainer.accumulate_grad_batches == 1
+        """Ranks, and the batches of an accumulation window, are parts already."""
+        alone = (self.ranks == 1 or self._sharded) and self._trainer.accumulate_grad_batches == 1
         return self._taps and alone and self._noise == "micro_batches"
 
     def measures_memory(self, samples: int) -> bool:
@@ -209,12 +262,14 @@ class UpdateExecutor:
 
     def _run(self, closure: Any, plain: Callable[[], Any], kwargs: Mapping[str, Any], batch_idx: int) -> Any:
         """The batch's gradients and outputs, attempted in ever smaller parts while memory runs out."""
-        if self._measure and self.ranks == 1:
-            if self._time_parts and self._noise != "micro_batches":
+        if self._measure and self.ranks == 1 and not self._sharded:
+            if self._time_parts and self._splits and self._noise != "micro_batches":
                 self._time_half(kwargs)
             if self._noise == "probe":
                 self._run_probe(kwargs)
-        if not self._recovers:
+        if self._measure and self._sharded:
+            self._measure = all_can_split(self._trainer, self._samples, PURPOSEFUL_PARTS)
+        if not self.recovers:
             self._check_first(kwargs)
             result = self._attempt(closure, plain, kwargs, self._sizes(split=self._splits_to_measure))
             self._end_batch()
@@ -307,8 +362,8 @@ class UpdateExecutor:
         passes = _Passes(self, sizes)
         parts = None
         # An optimizer may call the closure many times (LBFGS); its first call is the one to measure.
-        norms = (self._examples or PartNorms(self._parameters())) if self._taps else None
-        buffered = self._recovers or len(sizes) > 1
+        norms = self._norms() if self._taps else None
+        buffered = self.recovers or len(sizes) > 1
         log = _lightning.LogBuffer(self._trainer) if buffered else None
         with log or nullcontext(), norms or nullcontext():
             if len(sizes) == 1:
@@ -328,7 +383,7 @@ class UpdateExecutor:
             self.part_sizes += norms.sizes
         return result
 
-    def _end_part(self, norms: PartNorms | PerExampleNorms, size: int, weight: Number) -> None:
+    def _end_part(self, norms: _Norms, size: int, weight: Number) -> None:
         try:
             norms.end_part(size, self._mean_gradient_factor(weight, size))
         except Unmeasurable as error:
@@ -337,6 +392,11 @@ class UpdateExecutor:
             self._noise, self._examples, self._measure = self._without_examples, None, False
             what = str(error).split("; use", maxsplit=1)[0]
             self.failures.append(f"the gradient noise is measured by the parts of updates from here on: {what}")
+
+    def _norms(self) -> _Norms:
+        if self._sharded:
+            return ShardedNorms(self._trainer, self._parameters(), self._parts_over_ranks())
+        return self._examples or PartNorms(self._parameters())
 
     @property
     def _taps(self) -> bool:
@@ -347,8 +407,8 @@ class UpdateExecutor:
         """Lightning's own closure: not even a factor of one where nothing is split."""
         closure._zero_grad_fn = self._once(closure, closure._zero_grad_fn)
         backward = closure._backward_fn
-        if self._share != 1.0 and backward is not None:
-            closure._backward_fn = lambda loss: backward(loss * self._share)
+        if backward is not None:
+            closure._backward_fn = lambda loss: backward(self.weigh(loss))
         try:
             return plain()
         finally:
@@ -356,7 +416,7 @@ class UpdateExecutor:
 
     def _once(self, closure: Any, zero_grad: Callable[[], None] | None) -> Callable[[], None] | None:
         """Clearing the gradients, which a second attempt must not repeat: its hooks are per update."""
-        if zero_grad is None or not self._recovers:
+        if zero_grad is None or not self.recovers:
             return zero_grad
 
         def clear() -> None:
@@ -372,7 +432,7 @@ class UpdateExecutor:
         kwargs: Mapping[str, Any],
         passes: _Passes,
         log: _lightning.LogBuffer | None,
-        norms: PartNorms | PerExampleNorms | None,
+        norms: _Norms | None,
     ) -> Parts:
         """Forward and backward of each part; the gradients add up to the whole batch's."""
         batch, sizes = kwargs["batch"], passes.sizes
@@ -405,7 +465,7 @@ class UpdateExecutor:
         if output.closure_loss is None:
             closure.warning_cache.warn("`training_step` returned `None`: that part of the batch adds nothing.")
         elif closure._backward_fn is not None:
-            closure._backward_fn(output.closure_loss * (weight * self._share))
+            closure._backward_fn(output.closure_loss * (weight * self.share))
         return output
 
     def _weight(self, part: Any, batch: Any, size: int, samples: int) -> Number:
@@ -415,7 +475,7 @@ class UpdateExecutor:
 
     def _mean_gradient_factor(self, weight: Number, size: int) -> Number:
         """What the mean gradient of a part's samples was multiplied with before it reached the hooks."""
-        scale = _lightning.amp_scale(self._trainer) * self._share / self._trainer.accumulate_grad_batches
+        scale = _lightning.amp_scale(self._trainer) * self.share / self._trainer.accumulate_grad_batches
         return scale * (size if self._loss_reduction == "sum" else weight)
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -431,7 +491,7 @@ class UpdateExecutor:
             # Lightning weighs the batches of a window alike, so this gradient is no mean over samples.
             self.part_sq_norms, self.part_sizes = [], []
             return
-        total = grad_sq_norm(self._parameters())
+        total = self._total_sq_norm()
         if total is not None:
             factor = _lightning.amp_scale(self._trainer)
             if self._loss_reduction == "sum":
@@ -439,6 +499,13 @@ class UpdateExecutor:
             self.sq_norm = total / factor**2
             if self._examples is not None and self.part_sq_norms:
                 self._keep_examples()
+        if self._sharded and not self._trainer.is_global_zero:
+            self.part_sq_norms, self.part_sizes = [], []  # every rank knows them all: one reports them
+
+    def _total_sq_norm(self) -> Tensor | None:
+        if self._sharded:
+            return sharded_sq_norm(self._trainer, [p.grad for p in self._parameters() if p.grad is not None])
+        return grad_sq_norm(self._parameters())
 
     def _keep_examples(self) -> None:
         """Two parts that say what one per example would say."""

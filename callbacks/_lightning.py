@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adaptive_batch.layers import batch_dependent_layers
+
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as CallbackBase
     from pytorch_lightning import Trainer
@@ -145,6 +147,15 @@ def override_manual_step(patches: Patches, trainer: Trainer, step: Callable[...,
         return lambda optimizer, closure, **others: step(original, optimizer, closure, **others)
 
     patches.override(trainer.strategy, "optimizer_step", make)
+
+
+def override_backward(patches: Patches, trainer: Trainer, weigh: Callable[[Tensor], Tensor]) -> None:
+    """Let every backward pass of the strategy, also one that training_step makes, start from ``weigh(loss)``."""
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        return lambda loss, *others, **options: original(weigh(loss), *others, **options)
+
+    patches.override(trainer.strategy, "backward", make)
 
 
 def override_scheduler_steps(patches: Patches, trainer: Trainer, indices: Callable[[bool], Iterator[int]]) -> None:
@@ -569,6 +580,39 @@ class _Touch(torch.autograd.Function):
 def uses_ddp(trainer: Trainer) -> bool:
     """Whether the model is wrapped for data-parallel training."""
     return isinstance(trainer.strategy.model, torch.nn.parallel.DistributedDataParallel)
+
+
+def data_share(trainer: Trainer) -> tuple[int, int]:
+    """Which share of the data this process takes, and of how many: under tensor parallelism several take the same."""
+    share = trainer.distributed_sampler_kwargs or {}
+    return share.get("rank", trainer.global_rank), share.get("num_replicas", trainer.world_size)
+
+
+def shards_parameters(trainer: Trainer) -> bool:
+    """Whether each rank keeps a piece of every parameter (FSDPStrategy, ModelParallelStrategy)."""
+    names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+    return bool(names & {"FSDPStrategy", "ModelParallelStrategy"})
+
+
+def splitting_obstacle(trainer: Trainer, module: torch.nn.Module) -> str | None:
+    """Why no update of this run can be split or started again, ``None`` where it can.
+
+    Private: ``strategy._ddp_kwargs`` and ``strategy._layer_sync`` (2.0 to 2.6).
+    """
+    strategy: Any = trainer.strategy
+    name = type(strategy).__name__
+    if shards_parameters(trainer):
+        return f"under {name} the ranks wait for each other inside every pass"
+    if getattr(strategy, "_ddp_kwargs", {}).get("static_graph"):
+        return f"{name}(static_graph=True) allows no pass without an all-reduce"
+    if trainer.world_size == 1:
+        return None
+    if not hasattr(strategy, "_ddp_kwargs"):
+        return f"{name} is not DDP, whose ranks alone can start an update again together"
+    synchronised = getattr(strategy, "_layer_sync", None) is not None and batch_dependent_layers(module)
+    if synchronised or any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in module.modules()):
+        return "under SyncBatchNorm the ranks wait for each other inside every pass"
+    return None
 
 
 class LogBuffer:

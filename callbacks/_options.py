@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from adaptive_batch.arguments import check_choice, check_micro_batch_size
+from adaptive_batch.callbacks import _lightning
 from adaptive_batch.callbacks._executor import UpdateExecutor, WeightFn
 from adaptive_batch.memory import parse_budget, usable_memory
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
@@ -87,6 +88,7 @@ class Splitting:
         why_not: str | None = None,
     ) -> UpdateExecutor:
         """What runs the updates of a fit; ``why_not`` says why none can be split in it."""
+        why_not = why_not or _lightning.splitting_obstacle(trainer, module)
         if why_not is not None:
             self._switch_off(why_not)
         self.limit.budget = usable_memory(self._memory_budget, trainer.strategy.root_device)
@@ -97,6 +99,7 @@ class Splitting:
             loss_reduction=self._loss_reduction,
             weight_fn=self._weight_fn,
             recovers=self.micro_batch_size is not None and why_not is None,
+            splits=why_not is None,
             noise=noise,
             probes=probes,
             explores=self._memory_budget is not None,

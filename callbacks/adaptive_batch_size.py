@@ -22,7 +22,7 @@ from adaptive_batch.callbacks.memory_monitor import MemoryMonitor
 from adaptive_batch.clocks import GainClock, PlainEpoch, SampleClock
 from adaptive_batch.controller import BatchSizeController, Decision, check_bounds
 from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
-from adaptive_batch.distributed import SharedOrder, broadcast, gather, merge_ranks
+from adaptive_batch.distributed import Agreement, SharedOrder, broadcast, gather
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.iterable import Requests, count_samples
 from adaptive_batch.lr_scaling import LRScaling, gain, resolve_lr_scaling, scaled_lr
@@ -32,6 +32,7 @@ from adaptive_batch.noise.schedule import measures_noise
 from adaptive_batch.noise.sources import check_source
 from adaptive_batch.order import SeededOrder
 from adaptive_batch.policies import Policy, resolve_policy
+from adaptive_batch.shares import balanced_weights
 from adaptive_batch.timing import Elapsed, Mark, mark
 from adaptive_batch.user_batches import UserBatchSampler
 
@@ -56,6 +57,7 @@ _NO_GRADIENTS = (
 )
 _DATA_FRACTION = 10
 _UNKNOWN_LENGTH_GROWTH = 64
+_NAMED_SHARES = 8
 
 
 class AdaptiveBatchSize(CallbackBase):
@@ -97,6 +99,9 @@ class AdaptiveBatchSize(CallbackBase):
         history_size: updates kept in ``history``.
         self_check: compare the first batch's gradient with that of its parts before training on it, and refuse a model
             or a loss that does not decompose, with the reason; everything is put back.
+        balance_ranks: whether faster ranks take more samples of each batch, so that none waits for another. Shares
+            follow the measured time of a sample on each rank, where that makes an update at least 5 % shorter; the
+            update stays the mean over the batch. Each rank always has a sample.
         dry_run: measure and say what would be done, change nothing.
         seed: the order of the samples follows from this and the epoch alone; ``None`` leaves it to the sampler's own
             random numbers.
@@ -127,6 +132,7 @@ class AdaptiveBatchSize(CallbackBase):
         batch_size_of: Callable[[Any], int] | None = None,
         history_size: int = 10_000,
         self_check: bool = False,
+        balance_ranks: bool = False,
         dry_run: bool = False,
         seed: int | None = None,
         verbose: bool = True,
@@ -150,6 +156,7 @@ class AdaptiveBatchSize(CallbackBase):
         )
         self._micro_batches = self._splitting.limit
         self._batch_size_of = batch_size_of
+        self._balance_ranks = balance_ranks and not dry_run
         self._dry_run = dry_run
         self._seed = seed
         self._verbose = verbose
@@ -169,6 +176,7 @@ class AdaptiveBatchSize(CallbackBase):
 
     def _start_fit(self) -> None:
         self._trainer: Trainer | None = None
+        self._agreement: Agreement | None = None
         self._loaders: list[DataLoader[Any]] = []
         self._sampler: AdaptiveBatchSampler | None = None
         self._books: EpochBooks | None = None
@@ -220,6 +228,11 @@ class AdaptiveBatchSize(CallbackBase):
             probes=self._dry_run,
             why_not=_MANUAL if self._manual else None,
         )
+        if self._balance_ranks and trainer.world_size > 1 and not self._executor.recovers:
+            raise ValueError(
+                "balance_ranks=True needs passes in which no rank waits for another, to tell how fast each is; use DDP "
+                'and micro_batch_size="auto", or leave it out.'
+            )
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
         self._limits = LoaderLimits(trainer)
         self._run_state = RunState(trainer, pl_module)
@@ -230,6 +243,7 @@ class AdaptiveBatchSize(CallbackBase):
             _lightning.override_optimizer_step(self._patches, trainer, self._optimizer_step)
         else:
             _lightning.override_manual_step(self._patches, trainer, self._manual_step)
+            _lightning.override_backward(self._patches, trainer, self._executor.weigh)
         if self._clock_name != "updates":
             _lightning.override_scheduler_steps(self._patches, trainer, self._scheduler_indices)
 
@@ -281,16 +295,11 @@ class AdaptiveBatchSize(CallbackBase):
                 "in common; let one DataLoader draw from all data sets (torch.utils.data.StackDataset pairs them, "
                 "ConcatDataset chains them)."
             )
-        adaptive = make_adaptive(loader, rank=trainer.global_rank, world_size=trainer.world_size)
+        rank, shares = _lightning.data_share(trainer)
+        adaptive = make_adaptive(loader, rank=rank, world_size=shares)
         sampler = adaptive.batch_sampler
         assert isinstance(sampler, AdaptiveBatchSampler)
-        if self._seed is not None and sampler.samples is not None:
-            sampler.sampler = SeededOrder(sampler.sampler, self._seed)
-        if trainer.world_size > 1:
-            self._controller.exchange = lambda own: merge_ranks(gather(own))
-            self._controller.agree = broadcast
-            if not isinstance(loader.sampler, DistributedSampler):  # whose order follows from seed and epoch
-                sampler.sampler = SharedOrder(sampler.sampler, trainer.global_rank)
+        self._order(loader, sampler)
         if sampler is not self._sampler:  # a loader that was made adaptive by the user comes again as it is
             self._open_books(sampler)
         assert self._books is not None
@@ -304,6 +313,35 @@ class AdaptiveBatchSize(CallbackBase):
             self._limits.look_for_the_end()
         return adaptive
 
+    def _order(self, loader: DataLoader[Any], sampler: AdaptiveBatchSampler) -> None:
+        """Make the order follow from the seed, if there is one, and every rank have the same."""
+        assert self._trainer is not None
+        own = sampler.batch_sampler if isinstance(sampler, UserBatchSampler) else None
+        if self._seed is not None and sampler.samples is not None:
+            if own is None:
+                sampler.sampler = SeededOrder(sampler.sampler, self._seed)
+            elif hasattr(own, "sampler"):
+                own.sampler = SeededOrder(own.sampler, self._seed)
+            else:
+                raise ValueError(
+                    f"seed={self._seed} cannot order the batches of {type(own).__name__}, which has no sampler to "
+                    "take them from; let it seed itself, and leave seed out."
+                )
+        if self._trainer.world_size == 1:
+            return
+        self._agreement = Agreement(self._trainer.strategy.root_device, sampler)
+        self._controller.exchange = self._agreement.measurements
+        self._controller.agree = self._agreement.proposal
+        if self._balance_ranks and isinstance(sampler, Requests):
+            raise ValueError(
+                "balance_ranks=True needs data that is drawn by index, but an IterableDataset shares its samples out "
+                "by itself; leave it out."
+            )
+        if isinstance(sampler, UserBatchSampler):
+            sampler.send = broadcast
+        elif not isinstance(loader.sampler, DistributedSampler):  # whose order follows from seed and epoch
+            sampler.sampler = SharedOrder(sampler.sampler, self._trainer.global_rank)
+
     def _open_books(self, sampler: AdaptiveBatchSampler) -> None:
         assert self._trainer is not None
         trainer = self._trainer
@@ -316,7 +354,7 @@ class AdaptiveBatchSize(CallbackBase):
                 sampler.samples,
                 size,
                 drop_last=sampler.drop_last,
-                world_size=trainer.world_size,
+                world_size=sampler.world_size,
                 accumulate=trainer.accumulate_grad_batches,
                 limit=limit,
             )
@@ -418,7 +456,12 @@ class AdaptiveBatchSize(CallbackBase):
         self._window_rows += self._rows
         self._window_samples += self._local_samples
         waited = waited if _on_host(trainer) else 0.0
-        self._executor.start_batch(self._rows, waited, global_samples=max(self._drawn, self._rows))
+        self._executor.start_batch(
+            self._rows,
+            waited,
+            global_samples=max(self._drawn, self._rows),
+            counted=None if self._batch_size_of is None else (self._local_samples, draw.size),
+        )
         if self._manual:
             self._executor.micro_batch_size = max(self._executor.micro_batch_size, self._rows)
         self._books.start_batch()
@@ -429,7 +472,7 @@ class AdaptiveBatchSize(CallbackBase):
         if draw is None:
             raise RuntimeError("the training loader yielded a batch that its batch sampler did not draw.")
         assert self._sampler is not None
-        self._drawn, self._rows = draw.size, len(range(self._sampler.rank, draw.size, self._sampler.world_size))
+        self._drawn, self._rows = draw.size, self._sampler.share(draw.size, draw.weights)
         self._local_samples = self._rows
         if self._batch_size_of is not None:
             self._position -= self._advances(trainer, draw)
@@ -467,7 +510,9 @@ class AdaptiveBatchSize(CallbackBase):
         assert self._batch_size_of is not None
         self._local_samples = size = self._batch_size_of(batch)
         if trainer.world_size > 1:
-            size = int(trainer.strategy.reduce(torch.tensor(size), reduce_op="sum"))
+            own = torch.tensor(size, device=trainer.strategy.root_device)
+            counts = int(trainer.strategy.reduce(own, reduce_op="sum"))
+            size = counts * self._executor.ranks // trainer.world_size  # under tensor parallelism some count alike
         if _has_rows(batch, self._local_samples):  # as after a collate function that leaves samples out
             self._rows, self._drawn = self._local_samples, size
         if self._before == 0 and not draw.last and not draw.nominal / 4 <= size <= draw.nominal * 4:
@@ -598,8 +643,23 @@ class AdaptiveBatchSize(CallbackBase):
         decision = self._controller.observe(measurement)
         if decision is not None:
             self._apply(trainer, decision)
+        self._balance(trainer)
         self._note(trainer)
         self._record(trainer, samples, nominal, seconds)
+
+    def _balance(self, trainer: Trainer) -> None:
+        """New shares for the ranks, once after each decision."""
+        if not self._balance_ranks or self._agreement is None or not self._agreement.seconds_per_sample:
+            return
+        assert self._sampler is not None
+        times, self._agreement.seconds_per_sample = self._agreement.seconds_per_sample, []
+        alike = (1,) * len(times)
+        weights = tuple(balanced_weights(times, self._sampler.weights or alike))
+        if weights != (self._sampler.weights or alike):
+            self._sampler.weights = weights
+            shares = ", ".join(f"{weight / sum(weights):.1%}" for weight in weights[:_NAMED_SHARES])
+            more = ", ..." if len(weights) > _NAMED_SHARES else ""
+            self._remark(trainer, f"shares of the ranks in a batch: {shares}{more}")
 
     def _in_samples(self, rows: list[int]) -> list[int]:
         """Rows of a batch as what the user counts in it."""

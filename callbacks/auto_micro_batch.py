@@ -151,3 +151,6 @@ def _check_supported(trainer: Trainer, module: LightningModule) -> None:
             f"AutoMicroBatch cannot work with {type(trainer.strategy).__name__}, which accumulates "
             "gradients by itself; use another strategy."
         )
+    obstacle = _lightning.splitting_obstacle(trainer, module)
+    if obstacle is not None:
+        raise ValueError(f"AutoMicroBatch cannot split the batches of this run: {obstacle}; leave it out.")

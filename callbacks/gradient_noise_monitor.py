@@ -145,7 +145,7 @@ class GradientNoiseMonitor(CallbackBase):
         if name != "ranks" and trainer.world_size > 1:
             raise ValueError(f'noise="{name}" measures one rank alone; use noise="ranks" on several.')
         strategy = type(trainer.strategy).__name__
-        if any(kind in strategy for kind in ("FSDP", "ModelParallel", "DeepSpeed")):
+        if _lightning.shards_parameters(trainer) or "DeepSpeed" in strategy:
             raise ValueError(
                 f"GradientNoiseMonitor needs whole gradients, but {strategy} keeps them in pieces; "
                 "use DDP, or leave the monitor out."

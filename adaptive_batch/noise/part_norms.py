@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Metric", "PartNorms", "grad_sq_norm"]
+__all__ = ["Metric", "PartNorms", "grad_sq_norm", "sq_norm"]
 
 Metric = Callable[[nn.Parameter, Tensor], Tensor]
 """``(parameter, gradient) -> gradient`` in the metric that norms are taken in."""
@@ -31,11 +31,14 @@ def grad_sq_norm(parameters: Iterable[nn.Parameter], metric: Metric | None = Non
     """Squared norm of all gradients together, as a tensor on their device; ``None`` without gradients."""
     held = [(p, p.grad) for p in dict.fromkeys(parameters) if p.grad is not None]
     gradients = [_values(gradient if metric is None else metric(p, gradient)) for p, gradient in held]
-    if not gradients:
-        return None
+    return sq_norm(gradients) if gradients else None
+
+
+def sq_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Squared norm of the gradients, at least one, together."""
     if any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients):
         return _joint_norm([_norm(g) for g in gradients]).square()
-    return _joint_norm(torch._foreach_norm(gradients)).square()
+    return _joint_norm(torch._foreach_norm(list(gradients))).square()
 
 
 def _joint_norm(norms: Sequence[Tensor]) -> Tensor:
