@@ -9,8 +9,8 @@ from typing import Any
 
 from adaptive_batch.lr_scaling import LRScaling, resolve_lr_scaling
 from adaptive_batch.measurement import Measurement, read_numbers
-from adaptive_batch.noise import GradientNoiseScale
-from adaptive_batch.policies import Constant, Policy, _words, is_measured, resolve_policy
+from adaptive_batch.noise import GradientNoiseScale, InnerProducts, two_batch_estimate
+from adaptive_batch.policies import Constant, Policy, _words, active_policy, is_measured, resolve_policy
 from adaptive_batch.throughput import StepTimeModel
 
 __all__ = ["BatchSizeController", "Decision"]
@@ -32,6 +32,10 @@ NOISE_MEMORY_FRACTIONS = (1 / 16, 1 / 4)
 """The noise is averaged over two stretches of the samples seen so far, and no fewer than 32 updates' worth. The
 noise scale moves on the scale of the run's own age, often by orders of magnitude at its start: the shorter
 average leaves that behind the sooner, the longer one identifies what the shorter one cannot."""
+
+
+_FROM_PARTS = frozenset({"noise", "variance", "inner_products"})
+"""Statistics that one measurement of an update's parts gives together."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,10 @@ class BatchSizeController:
         self.min_batch_size = min_batch_size
         self.max_batch_size = max_batch_size
         self.adjust_every = adjust_every
-        self.careful = is_measured(self.policy) if quantize is None else quantize
+        self._quantize = quantize
         self.multiple_of = multiple_of
         self._noises = [GradientNoiseScale() for _ in NOISE_MEMORY_FRACTIONS]
+        self.inner_products = InnerProducts()
         self.step_time = StepTimeModel()
         self.reference_batch_size = reference_batch_size
         self.batch_size = reference_batch_size
@@ -133,6 +138,17 @@ class BatchSizeController:
         self._settled = 0
         self._measured_run = 0
         self._last_noise_scale = math.nan
+        self._newest = (0, math.nan, math.nan)  # update, |G|^2 and tr(Sigma) of the last measured one
+
+    @property
+    def careful(self) -> bool:
+        """Whether changes are quantised and need evidence."""
+        return is_measured(self.policy) if self._quantize is None else self._quantize
+
+    @property
+    def _active(self) -> Policy:
+        """The policy that answers for the last proposal, where several make one."""
+        return active_policy(self.policy)
 
     @property
     def noise(self) -> GradientNoiseScale:
@@ -142,14 +158,20 @@ class BatchSizeController:
     @property
     def policy_needs(self) -> frozenset[str]:
         """The statistics that the policy alone uses."""
-        return frozenset(getattr(self.policy, "needs", ()))
+        return frozenset(getattr(self._active, "needs", ()))
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics that policy and learning-rate rule use: any of ``"noise"`` and ``"step_time"``."""
+        """What has to be measured for policy and learning-rate rule: any of ``"noise"`` and ``"step_time"``."""
         if isinstance(self.policy, Constant) and self.policy.batch_size in (None, self.reference_batch_size):
             return frozenset()  # the scale is always one
-        return self.policy_needs | frozenset(getattr(self.lr_scaling, "needs", ()))
+        needs = self._needs
+        return needs - _FROM_PARTS | {"noise"} if needs & _FROM_PARTS else needs
+
+    @property
+    def _needs(self) -> frozenset[str]:
+        """As policy and rule name them."""
+        return frozenset(getattr(self.policy, "needs", ())) | frozenset(getattr(self.lr_scaling, "needs", ()))
 
     @property
     def noise_scale(self) -> float:
@@ -184,23 +206,24 @@ class BatchSizeController:
         return self._decide(self._describe(measurement, loss=self._absorb()))
 
     def _absorb(self) -> float:
-        """Read the pending measurements' numbers in one transfer and update the estimates; the last loss."""
+        """Read the pending measurements' numbers in one transfer and update the estimates; the mean loss."""
         pending = self._pending
         if self.exchange is not None:
             pending = self.exchange([Measurement(**_plain(m)) for m in pending])
-        last = pending[-1].loss
-        unread = [n for m in pending for n in (*m.part_sq_norms, m.sq_norm)]
-        *norms, loss = read_numbers([*unread, last])
+        numbers = read_numbers([n for m in pending for n in (*m.part_sq_norms, m.sq_norm, m.loss)])
+        losses = []
         for m in pending:
-            count = len(m.part_sq_norms)
-            self._absorb_noise(m, norms[:count], norms[count])
+            *norms, sq_norm, loss = numbers[: len(m.part_sq_norms) + 2]
+            self._absorb_noise(m, norms, sq_norm)
             self._absorb_time(m)
-            del norms[: count + 1]
+            losses.append((m.batch_size, loss))
+            del numbers[: len(norms) + 2]
         self._pending.clear()
         noise_scale = self.noise.noise_scale
         if math.isfinite(noise_scale):
             self._last_noise_scale = noise_scale
-        return loss
+        known = [(size, loss) for size, loss in losses if math.isfinite(loss)]
+        return sum(size * loss for size, loss in known) / sum(size for size, _ in known) if known else math.nan
 
     def _absorb_noise(self, m: Measurement, part_sq_norms: list[float], sq_norm: float) -> None:
         measured = len(part_sq_norms) > 1
@@ -214,6 +237,11 @@ class BatchSizeController:
                 noise.update(part_sq_norms, m.part_sizes, sq_norm)
             else:
                 noise.update_norm(sq_norm, size)
+        if "inner_products" in self._needs:  # other sources than pairs of parts may stand for the norms of pairs
+            self.inner_products.update(part_sq_norms, m.part_sizes, sq_norm)
+        newest = two_batch_estimate(part_sq_norms, m.part_sizes, sq_norm)
+        if math.isfinite(sum(newest)):
+            self._newest = (m.update, *newest)
 
     def _absorb_time(self, m: Measurement) -> None:
         measured = len(m.part_sq_norms) > 1
@@ -248,6 +276,10 @@ class BatchSizeController:
             grad_sq_norm=noise.grad_sq_norm,
             grad_variance=noise.grad_variance,
             interval=noise.interval(0.95),
+            inner_product_variance=self.inner_products.variance,
+            measured_update=self._newest[0],
+            measured_grad_sq_norm=self._newest[1],
+            measured_grad_variance=self._newest[2],
             step_time=self.step_time,
         )
 
@@ -307,7 +339,7 @@ class BatchSizeController:
 
     def _without_noise_scale(self, m: Measurement) -> _Stay:
         """Nothing changes; but where a larger update costs too much, no noise scale could make it pay."""
-        goodput = getattr(self.policy, "goodput", None)
+        goodput = getattr(self._active, "goodput", None)
         size = self._clamp(self._grid_above(m.batch_size))
         if goodput is not None and size > m.batch_size:
             all_noise = replace(m, noise_scale=math.inf)
@@ -342,11 +374,11 @@ class BatchSizeController:
     def _objection(self, m: Measurement, size: int, proposal: float) -> _Stay | None:
         """What speaks against a change: too small a promise, or too little evidence."""
         doubtful = replace(m, noise_scale=m.interval[0] if size > m.batch_size else m.interval[1])
-        goodput = getattr(self.policy, "goodput", None)
+        goodput = getattr(self._active, "goodput", None)
         if goodput is None:
             # Only a built-in policy can be asked what if: another one may count how often it is asked.
-            asks = is_measured(self.policy) and "noise" in self.policy_needs
-            if asks and (self.policy.propose(doubtful) - m.batch_size) * (proposal - m.batch_size) <= 0:
+            asks = is_measured(self._active) and self.policy_needs & _FROM_PARTS
+            if asks and (self._active.propose(doubtful) - m.batch_size) * (proposal - m.batch_size) <= 0:
                 return _Stay("interval", f"{_words.noise_scale(m)} does not rule out that it is right")
             return None
         promise = goodput(size, m) / goodput(m.batch_size, m)
@@ -372,7 +404,7 @@ class BatchSizeController:
 
         Where the policy can compute a promise, the promise decides instead of the distance.
         """
-        reach = 1.0 if hasattr(self.policy, "goodput") else MAX_GROWTH
+        reach = 1.0 if hasattr(self._active, "goodput") else MAX_GROWTH
         if proposal > current:
             size = self._clamp(self._grid_above(current))
             return size if proposal >= min(reach * current, size) else current
@@ -420,7 +452,9 @@ class BatchSizeController:
             "settled": self._settled,
             "measured_run": self._measured_run,
             "noise_scale": self._last_noise_scale,
+            "newest": list(self._newest),
             "noise": [noise.state_dict() for noise in self._noises],
+            "inner_products": self.inner_products.state_dict(),
             "step_time": self.step_time.state_dict(),
             "pending": [_plain(m) for m in self._pending],
         }
@@ -436,13 +470,16 @@ class BatchSizeController:
         """
         _check_state(state, self.state_dict())
         noises, step_time = [GradientNoiseScale() for _ in self._noises], StepTimeModel()
+        inner_products = InnerProducts()
+        inner_products.load_state_dict(state["inner_products"])
         for noise, noise_state in zip(noises, state["noise"], strict=True):
             noise.load_state_dict(noise_state)
         step_time.load_state_dict(state["step_time"])
         pending = [_pending_measurement(record) for record in state["pending"]]
         if hasattr(self.policy, "load_state_dict") and "policy" in state:
             self.policy.load_state_dict(state["policy"])
-        self._noises, self.step_time, self._pending = noises, step_time, pending
+        self._noises, self.inner_products, self.step_time = noises, inner_products, step_time
+        self._pending = pending
         self.reference_batch_size = state["reference_batch_size"]
         self.batch_size = state["batch_size"]
         self.note = state["note"]
@@ -453,6 +490,8 @@ class BatchSizeController:
         self._settled = state["settled"]
         self._measured_run = state["measured_run"]
         self._last_noise_scale = state["noise_scale"]
+        update, sq_norm, variance = state["newest"]
+        self._newest = (update, sq_norm, variance)
 
 
 def check_bounds(min_batch_size: int | None, max_batch_size: int | None) -> None:
@@ -543,9 +582,10 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "measured_run": _is_count,
     "noise_scale": lambda value: _is_number(value) and not value < 0,
     "noise": lambda value: isinstance(value, list) and len(value) == len(NOISE_MEMORY_FRACTIONS),
+    "newest": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_number, value)),
     "pending": lambda value: isinstance(value, list),
 }
-"""What each entry of a state has to be; ``noise``, ``step_time`` and ``policy`` check their own."""
+"""What each entry of a state has to be; ``noise``, ``inner_products``, ``step_time`` and ``policy`` check their own."""
 
 
 def _name(policy: object) -> str:
