@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adaptive_batch.lr_scaling import LRScaling, resolve_lr_scaling
+from adaptive_batch.lr_scaling import GroupValues, LRScaling, resolve_lr_scaling
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.noise import GradientNoiseScale, InnerProducts, two_batch_estimate
 from adaptive_batch.policies import Constant, Policy, _words, active_policy, is_measured, resolve_policy
 from adaptive_batch.throughput import StepTimeModel
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 __all__ = ["BatchSizeController", "Decision"]
 
@@ -116,7 +119,7 @@ class BatchSizeController:
         if reference_batch_size is not None and not _is_count(reference_batch_size, least=1):
             raise ValueError(f"reference_batch_size={reference_batch_size!r} must be a positive whole number, or None.")
         self.policy = resolve_policy(policy)
-        self.lr_scaling = resolve_lr_scaling(lr_scaling)
+        self.lr_scaling = resolve_lr_scaling(lr_scaling, policy=self.policy)
         self.min_batch_size = min_batch_size
         self.max_batch_size = max_batch_size
         self.adjust_every = adjust_every
@@ -134,6 +137,7 @@ class BatchSizeController:
         self._pending: list[Measurement] = []
         self._updates = 0
         self._changed_at = 0
+        self._previous = reference_batch_size
         self._measured_samples = 0
         self._settled = 0
         self._measured_run = 0
@@ -183,11 +187,51 @@ class BatchSizeController:
         """Whether a few updates should run in parts, so that the times of smaller passes say what a sample costs."""
         return "step_time" in self.policy_needs and math.isnan(self.step_time.beta)
 
-    def lr_factor(self, batch_size: float) -> float:
-        """Factor on the scheduled learning rate for an update of ``batch_size`` samples."""
+    def lr_factor(self, batch_size: float, lr: float = math.nan) -> float:
+        """Factor on the scheduled learning rate for an update.
+
+        Args:
+            batch_size: samples of the update.
+            lr: the scheduled rate, for policies that set the rate together with the size.
+        """
         if self.reference_batch_size is None:
             return 1.0
+        if hasattr(self.policy, "lr_factor"):
+            return float(self.policy.lr_factor(batch_size, self.reference_batch_size, lr))
+        factor = self._rule_factor(batch_size)
+        rewarm = getattr(self.lr_scaling, "rewarm", 0)
+        if rewarm and self._previous is not None and self._updates - self._changed_at < rewarm:
+            before = self._rule_factor(self._previous)
+            share = (self._updates - self._changed_at + 1) / (rewarm + 1)
+            factor = min(factor, before + share * max(0.0, factor - before))
+        return factor
+
+    def _rule_factor(self, batch_size: float) -> float:
+        assert self.reference_batch_size is not None
         return self.lr_scaling.factor(batch_size, self.reference_batch_size, self._last_noise_scale)
+
+    def group_values(self, batch_size: float, factor: float) -> GroupValues | None:
+        """What else the rule sets in each parameter group for an update; ``None`` where it sets nothing.
+
+        Args:
+            batch_size: samples of the update.
+            factor: that of the learning rate.
+        """
+        values = getattr(self.lr_scaling, "group_values", None)
+        if values is None or self.reference_batch_size in (None, batch_size):
+            return None
+        scale = batch_size / self.reference_batch_size
+        return lambda group: values(group, scale, factor)
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse a rule that has no meaning for this optimizer up to the largest size.
+
+        Raises:
+            ValueError: with the reason.
+        """
+        check = getattr(self.lr_scaling, "check", None)
+        if check is not None and self.max_batch_size is not None and self.reference_batch_size is not None:
+            check(optimizer, self.max_batch_size / self.reference_batch_size)
 
     def observe(self, measurement: Measurement) -> Decision | None:
         """Take in one update; every ``adjust_every``-th call asks the policy.
@@ -293,6 +337,7 @@ class BatchSizeController:
         self.note = None
         self._noted.clear()
         self._changed_at = self._updates
+        self._previous = self.batch_size
         self._settled = 0
         self.batch_size = answer.batch_size
         return answer
@@ -448,6 +493,7 @@ class BatchSizeController:
             "noted": list(self._noted),
             "updates": self._updates,
             "changed_at": self._changed_at,
+            "previous": self._previous,
             "measured_samples": self._measured_samples,
             "settled": self._settled,
             "measured_run": self._measured_run,
@@ -486,6 +532,7 @@ class BatchSizeController:
         self._noted = list(state["noted"])
         self._updates = state["updates"]
         self._changed_at = state["changed_at"]
+        self._previous = state["previous"]
         self._measured_samples = state["measured_samples"]
         self._settled = state["settled"]
         self._measured_run = state["measured_run"]
@@ -577,6 +624,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "noted": lambda value: isinstance(value, list) and all(isinstance(kind, str) for kind in value),
     "updates": _is_count,
     "changed_at": _is_count,
+    "previous": lambda value: value is None or _is_size(value),
     "measured_samples": _is_count,
     "settled": _is_count,
     "measured_run": _is_count,

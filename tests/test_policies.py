@@ -289,8 +289,8 @@ def test_milestones_refuse_what_is_no_schedule(milestones, unit, message):
     ],
 )
 def test_policies_by_name(policy: Any):
-    assert type(resolve_policy(policy.name)) is policy
     assert policy.name == re.sub(r"(?<=[a-z])(?=[A-Z])", "_", policy.__name__).lower()
+    assert type(resolve_policy(policy.name)) is policy
 
 
 def test_an_unknown_name_lists_the_known():
