@@ -95,6 +95,7 @@ class BatchSizeController:
         step_time: the :class:`StepTimeModel` fed with the updates' times.
         exchange: on several ranks, makes one list of measurements of those that each rank made.
         agree: on several ranks, gives all of them the same proposal.
+        record: is given each measurement that the policy is asked with, in plain numbers.
 
     Raises:
         ValueError: for sizes below one, or a minimum above the maximum.
@@ -134,6 +135,7 @@ class BatchSizeController:
         self._noted: list[str] = []
         self.exchange: Callable[[list[Measurement]], list[Measurement]] | None = None
         self.agree: Callable[[float], float] | None = None
+        self.record: Callable[[Measurement], None] | None = None
         self._pending: list[Measurement] = []
         self._updates = 0
         self._changed_at = 0
@@ -247,7 +249,19 @@ class BatchSizeController:
         self._updates += 1
         if self._updates % self.adjust_every:
             return None
-        return self._decide(self._describe(measurement, loss=self._absorb()))
+        described = self._describe(measurement, loss=self._absorb())
+        if self.record is not None:
+            self.record(replace(described, seconds=math.nan, peak_memory=math.nan, step_time=None))
+        return self._decide(described)
+
+    def decide(self, measurement: Measurement) -> Decision | None:
+        """Ask the policy about a measurement of an earlier run, as it was recorded there.
+
+        Size, bounds and step times are this controller's own; the rest is the measurement's.
+        """
+        assert self.batch_size is not None
+        self._updates = measurement.update
+        return self._decide(replace(measurement, batch_size=self.batch_size, step_time=self.step_time))
 
     def _absorb(self) -> float:
         """Read the pending measurements' numbers in one transfer and update the estimates; the mean loss."""
@@ -321,6 +335,7 @@ class BatchSizeController:
             grad_variance=noise.grad_variance,
             interval=noise.interval(0.95),
             inner_product_variance=self.inner_products.variance,
+            inner_product_sq_norm=self.inner_products.sq_norm,
             measured_update=self._newest[0],
             measured_grad_sq_norm=self._newest[1],
             measured_grad_variance=self._newest[2],
@@ -418,13 +433,19 @@ class BatchSizeController:
 
     def _objection(self, m: Measurement, size: int, proposal: float) -> _Stay | None:
         """What speaks against a change: too small a promise, or too little evidence."""
-        doubtful = replace(m, noise_scale=m.interval[0] if size > m.batch_size else m.interval[1])
+        grows = size > m.batch_size
+        doubtful = replace(
+            m,
+            noise_scale=m.interval[0] if grows else m.interval[1],
+            inner_product_variance=self.inner_products.lower if grows else m.inner_product_variance,
+        )
         goodput = getattr(self._active, "goodput", None)
         if goodput is None:
             # Only a built-in policy can be asked what if: another one may count how often it is asked.
             asks = is_measured(self._active) and self.policy_needs & _FROM_PARTS
             if asks and (self._active.propose(doubtful) - m.batch_size) * (proposal - m.batch_size) <= 0:
-                return _Stay("interval", f"{_words.noise_scale(m)} does not rule out that it is right")
+                words = self._words(m, m.batch_size, proposal)
+                return _Stay("interval", f"{words}, which does not rule out that it is right")
             return None
         promise = goodput(size, m) / goodput(m.batch_size, m)
         if not promise >= 1 + MIN_PROMISE:
@@ -447,9 +468,11 @@ class BatchSizeController:
     def _neighbour(self, current: int, proposal: float) -> int:
         """The next quantised size in the direction of the proposal, if the proposal is that far.
 
-        Where the policy can compute a promise, the promise decides instead of the distance.
+        Where the policy can compute a promise, the promise decides instead of the distance; where it tests the
+        size, the test does.
         """
-        reach = 1.0 if hasattr(self._active, "goodput") else MAX_GROWTH
+        decided = hasattr(self._active, "goodput") or getattr(self._active, "is_test", False)
+        reach = 1.0 if decided else MAX_GROWTH
         if proposal > current:
             size = self._clamp(self._grid_above(current))
             return size if proposal >= min(reach * current, size) else current

@@ -56,6 +56,7 @@ class Measurement:
         grad_variance: ``tr(Sigma)`` of one sample's gradient, smoothed and unbiased.
         interval: 95 % confidence interval of ``noise_scale``, in samples.
         inner_product_variance: variance of ``<g_i, g_B>`` over the samples' gradients ``g_i``, averaged.
+        inner_product_sq_norm: ``|g_B|^2``, averaged over the same updates as ``inner_product_variance``.
         measured_update: the newest update whose parts were measured, 0 before there is one.
         measured_grad_sq_norm: unbiased estimate of ``|G|^2`` from that update alone; often negative.
         measured_grad_variance: unbiased estimate of ``tr(Sigma)`` from that update alone.
@@ -81,6 +82,7 @@ class Measurement:
     grad_variance: float = math.nan
     interval: tuple[float, float] = (math.nan, math.nan)
     inner_product_variance: float = math.nan
+    inner_product_sq_norm: float = math.nan
     measured_update: int = 0
     measured_grad_sq_norm: float = math.nan
     measured_grad_variance: float = math.nan

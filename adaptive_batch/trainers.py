@@ -580,6 +580,7 @@ class MiniBatchTrainer(_Trainer):
             warn_of_splitting(model)
         self._controller = controller
         if controller is not None:
+            controller.record = self.history.measurements.append
             self._largest = controller.max_batch_size
             if batch_size is not None and controller.reference_batch_size not in (None, batch_size):
                 raise ValueError(

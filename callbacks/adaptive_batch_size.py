@@ -154,6 +154,7 @@ class AdaptiveBatchSize(CallbackBase):
             adjust_every=adjust_every,
             quantize=quantize,
         )
+        self._controller.record = self.history.measurements.append
         self._patches = Patches()
         self._restored: dict[str, Any] = {}
         self._updates = 0

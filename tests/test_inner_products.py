@@ -54,6 +54,7 @@ def test_the_average_is_not_known_before_16_measurements_and_counts_samples():
         assert math.isnan(average.variance) == (i < 15)
     weights = np.exp(-32 / 1000 * np.arange(len(values))[::-1])
     assert average.variance == pytest.approx(np.average(values, weights=weights))
+    assert average.sq_norm == pytest.approx(3.0)
 
 
 def test_what_is_no_pair_is_left_out_of_the_average():
@@ -63,6 +64,17 @@ def test_what_is_no_pair_is_left_out_of_the_average():
     average.update([1.0, 2.0, 3.0], [8, 8, 8], 1.0)
     average.update([math.inf, 3.0], [16, 16], 2.5)
     assert average.variance == pytest.approx(8.0)
+
+
+def test_the_lower_end_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        average = InnerProducts(memory=1e9)  # all alike
+        for apart in rng.standard_normal(20):  # |g_1|^2 - |g_2|^2 = 2 apart, so Var = 8 apart^2 with mean 8
+            average.update([5.0 + apart, 5.0 - apart], [16, 16], 3.0)
+        covered += average.lower <= 8.0
+    assert covered / 2000 == pytest.approx(0.975, abs=0.012)
 
 
 def test_a_restored_average_goes_on():
@@ -75,7 +87,9 @@ def test_a_restored_average_goes_on():
     assert other.state_dict() == one.state_dict()
 
 
-@pytest.mark.parametrize("wrong", [{}, None, {"total": 1.0, "weight": -1.0, "measurements": 3}])
+@pytest.mark.parametrize(
+    "wrong", [{}, None, {"total": 1.0, "norms": 1.0, "weight": -1.0, "squares": 1.0, "measurements": 3}]
+)
 def test_something_else_than_a_state_is_refused(wrong):
     with pytest.raises(ValueError, match="not the state of InnerProducts"):
         InnerProducts().load_state_dict(wrong)
@@ -97,7 +111,7 @@ def test_both_tests_equal_those_of_the_samples_gradients(theta, nu):
     m = measurement(
         batch_size=16,
         grad_variance=float(variance),
-        grad_sq_norm=float(whole @ whole - variance / 16),  # so that |g_B|^2 is the batch's own
+        inner_product_sq_norm=float(whole @ whole),
         inner_product_variance=float((g @ whole).var(ddof=1)),
     )
     policy = InnerProductTest(theta, nu)
@@ -118,10 +132,10 @@ def test_at_theta_and_nu_of_one_the_tests_add_up_to_the_norm_test():
 
 @pytest.mark.parametrize(
     "unknown",
-    [{"inner_product_variance": math.nan}, {"grad_sq_norm": math.nan}, {"grad_sq_norm": -9.0}],
+    [{"inner_product_variance": math.nan}, {"inner_product_sq_norm": math.nan}, {"inner_product_sq_norm": 0.0}],
 )
 def test_the_size_stays_while_something_is_not_known(unknown):
-    known = {"grad_variance": 64.0, "grad_sq_norm": 1.0, "inner_product_variance": 50.0}
+    known = {"grad_variance": 64.0, "inner_product_sq_norm": 1.0, "inner_product_variance": 50.0}
     assert InnerProductTest(0.1).propose(measurement(**known)) > 32
     m = measurement(**known | unknown)
     assert InnerProductTest(0.1).propose(m) == 32.0

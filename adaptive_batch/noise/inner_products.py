@@ -42,10 +42,12 @@ def inner_product_variance(part_sq_norms: Sequence[float], part_sizes: Sequence[
 
 
 class InnerProducts:
-    """The average of :func:`inner_product_variance` over the updates seen.
+    """The averages of :func:`inner_product_variance` and of ``|g_B|^2`` over the updates seen.
 
     Exponential, with weights that decay by ``exp(-samples / memory)``, as those of
-    :class:`~adaptive_batch.noise.GradientNoiseScale`; NaN before 16 measurements.
+    :class:`~adaptive_batch.noise.GradientNoiseScale`; NaN before 16 measurements. The variance depends on the size:
+    in expectation it is ``G' Sigma G + tr(Sigma^2) / B`` for normal noise. What it is compared with has to be of the
+    same updates: set against ``|g_B|^2`` of a larger size, the variance of smaller ones would ask for ever more.
 
     Args:
         memory: samples after which a measurement has lost all but ``1/e`` of its weight; may be set at any time.
@@ -53,7 +55,7 @@ class InnerProducts:
 
     def __init__(self, *, memory: float = 100_000) -> None:
         self.memory = memory
-        self._total = self._weight = 0.0
+        self._total = self._norms = self._weight = self._squares = 0.0
         self._measurements = 0
 
     def update(self, part_sq_norms: Sequence[float], part_sizes: Sequence[float], sq_norm: float) -> None:
@@ -63,17 +65,35 @@ class InnerProducts:
             return
         forgotten = -math.expm1(-sum(part_sizes) / self.memory)
         self._total = (1 - forgotten) * self._total + forgotten * value
+        self._norms = (1 - forgotten) * self._norms + forgotten * sq_norm
         self._weight = (1 - forgotten) * self._weight + forgotten
+        self._squares = (1 - forgotten) ** 2 * self._squares + forgotten**2
         self._measurements += 1
 
     @property
     def variance(self) -> float:
-        """The average; NaN before 16 measurements."""
+        """The average variance; NaN before 16 measurements."""
         return self._total / self._weight if self._measurements >= MIN_MEASUREMENTS else math.nan
+
+    @property
+    def sq_norm(self) -> float:
+        """The average of ``|g_B|^2`` over the same updates; NaN before 16 measurements."""
+        return self._norms / self._weight if self._measurements >= MIN_MEASUREMENTS else math.nan
+
+    @property
+    def lower(self) -> float:
+        """Lower end of the average's 95 % interval: each measurement has one degree of freedom.
+
+        By the cube-root approximation of a chi-square (Wilson, Hilferty 1931).
+        """
+        if not self._measurements:
+            return math.nan
+        spread = 2 * self._squares / (9 * self._weight**2)
+        return self.variance / (1 - spread + 1.96 * math.sqrt(spread)) ** 3
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and count."""
-        return {"total": self._total, "weight": self._weight, "measurements": self._measurements}
+        return {name: getattr(self, f"_{name}") for name in _STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken; nothing changes when it is refused.
@@ -81,11 +101,15 @@ class InnerProducts:
         Raises:
             ValueError: if the state is not one that :meth:`state_dict` can have returned.
         """
-        values = [state.get(name) for name in ("total", "weight", "measurements")] if _is_state(state) else []
-        if not values or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 0 for v in values):
+        fits = isinstance(state, Mapping) and set(state) == set(_STATE) and all(map(_is_sum, state.values()))
+        if not fits or not isinstance(state["measurements"], int):
             raise ValueError(f"this is not the state of InnerProducts: {state!r}; load what state_dict() returned.")
-        self._total, self._weight, self._measurements = float(values[0]), float(values[1]), int(values[2])  # type: ignore[arg-type]
+        for name in _STATE:
+            setattr(self, f"_{name}", state[name])
 
 
-def _is_state(state: object) -> bool:
-    return isinstance(state, Mapping) and set(state) == {"total", "weight", "measurements"}
+_STATE = ("total", "norms", "weight", "squares", "measurements")
+
+
+def _is_sum(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf

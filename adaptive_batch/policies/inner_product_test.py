@@ -25,7 +25,8 @@ class InnerProductTest:
     The variance of the inner products costs nothing where an update is measured in two parts: see
     :class:`~adaptive_batch.noise.InnerProducts`. It is not known under ``noise="per_example"``, in updates of
     more than two parts (memory, accumulation, ranks), and before 16 measurements; the size then stays.
-    ``Var(p)`` and ``V`` are averages over measured updates, ``|g_B|^2`` is put as ``|G|^2 + V / B``.
+    ``Var(p)``, ``V`` and ``|g_B|^2`` are averages over measured updates. With quantised sizes a failed test means one
+    step up, and has to fail at the lower end of the interval of ``Var(p)`` as well.
 
     Args:
         theta: largest relative error along the gradient.
@@ -38,6 +39,7 @@ class InnerProductTest:
 
     name = "inner_product_test"
     needs: frozenset[str] = frozenset({"inner_products"})
+    is_test = True
 
     def __init__(self, theta: float = 0.9, nu: float | None = 5.84) -> None:
         for name, value in (("theta", theta), ("nu", nu)):
@@ -54,7 +56,7 @@ class InnerProductTest:
 
     def _sizes(self, m: Measurement) -> tuple[float, float]:
         """What the inner-product test and the orthogonality test ask for; NaN while not known."""
-        sq_norm = m.grad_sq_norm + m.grad_variance / m.batch_size
+        sq_norm = m.inner_product_sq_norm
         if not (sq_norm > 0 and m.inner_product_variance >= 0):
             return math.nan, math.nan
         along = m.inner_product_variance / (self.theta * sq_norm) ** 2

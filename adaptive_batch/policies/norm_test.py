@@ -24,7 +24,8 @@ class NormTest:
     it is that of the present size; with the noise scale ``phi = V / |G|^2`` the test asks for
     ``phi B / (theta^2 (phi + B))``. It therefore comes to rest at ``phi (1 / theta^2 - 1)``, and one test asks
     for at most ``1 / theta^2`` times the present size. While ``phi`` is not identified the lower end of its interval
-    takes its place: the noise scale is at least that.
+    takes its place: the noise scale is at least that. With quantised sizes a failed test means one step up, so that it
+    comes to rest at the first one that passes.
 
     The papers keep the learning rate or choose it by line search; a scaling rule on top is the user's choice.
 
@@ -38,6 +39,7 @@ class NormTest:
 
     name = "norm_test"
     needs: frozenset[str] = frozenset({"variance"})
+    is_test = True
 
     def __init__(self, theta: float = 0.5) -> None:
         if not 0 < theta < 1:

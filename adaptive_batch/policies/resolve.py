@@ -36,6 +36,8 @@ class Policy(Protocol):
     - ``state_dict()`` and ``load_state_dict(state)``, plain numbers, where it has a memory.
     - ``lr_factor(batch_size, reference_batch_size, lr) -> float``, the factor on the scheduled learning rate of
       an update, where the rate is the policy's own business: no scaling rule is combined with it then.
+    - ``is_test: bool``, whether a larger proposal says that the present size fails a test, so that with quantised sizes
+      one step follows however little larger it is.
     - ``auto_lr_scaling: str``, the rule that ``lr_scaling="auto"`` means for it.
     """
 
