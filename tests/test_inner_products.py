@@ -88,7 +88,7 @@ def test_a_restored_average_goes_on():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{}, None, {"total": 1.0, "norms": 1.0, "weight": -1.0, "squares": 1.0, "measurements": 3}]
+    "wrong", [{}, None, {"total": 1.0, "norms": 1.0, "weight": -1.0, "squares": 1.0, "samples": 1.0, "measurements": 3}]
 )
 def test_something_else_than_a_state_is_refused(wrong):
     with pytest.raises(ValueError, match="not the state of InnerProducts"):

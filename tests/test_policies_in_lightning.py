@@ -104,7 +104,7 @@ def once(policy: Any, *, at: int = 30, size: int = 64) -> Any:
 RUNS: dict[str, tuple[Any, float, float, dict[str, Any]]] = {
     "goodput": (lambda: "goodput", 0, math.inf, {}),  # reads the clock
     "noise_scale": (lambda: NoiseScale(4.0), 32, math.inf, {}),
-    "noise_scale down": (lambda: once(NoiseScale(0.01), at=10), 64, 32, {"min_batch_size": 4}),
+    "noise_scale down": (lambda: once(NoiseScale(0.01), at=10, size=32), 32, 16, {"min_batch_size": 4}),
     "norm_test": (lambda: NormTest(0.2), 32, math.inf, {}),
     "inner_product_test": (lambda: InnerProductTest(0.1, 1.0), 32, math.inf, {}),
     "big_batch": (lambda: BigBatch(0.5, theta=0.5), 24, math.inf, {}),

@@ -11,6 +11,9 @@ __all__ = ["InnerProducts", "inner_product_variance"]
 MIN_MEASUREMENTS = 16
 """Measurements below which there is no average: each has one degree of freedom, so 16 tell it to a third."""
 
+MEMORY_UPDATES = 32
+"""Measured updates that the averages look back over at least."""
+
 
 def inner_product_variance(part_sq_norms: Sequence[float], part_sizes: Sequence[float], sq_norm: float) -> float:
     """``Var_i <g_i, g_B>`` from the norms of two parts.
@@ -44,17 +47,19 @@ def inner_product_variance(part_sq_norms: Sequence[float], part_sizes: Sequence[
 class InnerProducts:
     """The averages of :func:`inner_product_variance` and of ``|g_B|^2`` over the updates seen.
 
-    Exponential, with weights that decay by ``exp(-samples / memory)``, as those of
-    :class:`~adaptive_batch.noise.GradientNoiseScale`; NaN before 16 measurements. The variance depends on the size:
+    Exponential, with weights that decay by ``exp(-samples / memory)``, samples being those of the measured updates;
+    NaN before 16 measurements. The variance depends on the size:
     in expectation it is ``G' Sigma G + tr(Sigma^2) / B`` for normal noise. What it is compared with has to be of the
     same updates: set against ``|g_B|^2`` of a larger size, the variance of smaller ones would ask for ever more.
 
     Args:
-        memory: samples after which a measurement has lost all but ``1/e`` of its weight; may be set at any time.
+        memory: samples after which a measurement has lost all but ``1/e`` of its weight; None is a quarter of those
+            measured so far, and no fewer than 32 updates' worth.
     """
 
-    def __init__(self, *, memory: float = 100_000) -> None:
-        self.memory = memory
+    def __init__(self, *, memory: float | None = None) -> None:
+        self._memory = memory
+        self._samples = 0.0
         self._total = self._norms = self._weight = self._squares = 0.0
         self._measurements = 0
 
@@ -63,7 +68,10 @@ class InnerProducts:
         value = inner_product_variance(part_sq_norms, part_sizes, sq_norm)
         if math.isnan(value):
             return
-        forgotten = -math.expm1(-sum(part_sizes) / self.memory)
+        size = sum(part_sizes)
+        self._samples += size
+        memory = max(MEMORY_UPDATES * size, self._samples / 4) if self._memory is None else self._memory
+        forgotten = -math.expm1(-size / memory)
         self._total = (1 - forgotten) * self._total + forgotten * value
         self._norms = (1 - forgotten) * self._norms + forgotten * sq_norm
         self._weight = (1 - forgotten) * self._weight + forgotten
@@ -108,7 +116,7 @@ class InnerProducts:
             setattr(self, f"_{name}", state[name])
 
 
-_STATE = ("total", "norms", "weight", "squares", "measurements")
+_STATE = ("total", "norms", "weight", "squares", "samples", "measurements")
 
 
 def _is_sum(value: object) -> bool:
