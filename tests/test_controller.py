@@ -405,6 +405,26 @@ class TestHazards:
         assert run.controller.note is not None
         assert run.controller.note.endswith("max_batch_size is 512")
 
+    @pytest.mark.parametrize("policy", [NormTest(0.3), GradientDiversity(1.0), CABS(20.0), "goodput"])
+    def test_a_noise_scale_that_grows_with_the_size_ends_at_the_maximum_and_stays_there(self, policy):
+        # An unscaled rate: phi and tr(Sigma) follow B / lr, each growth seems to ask for the next.
+        def follows(m: Measurement) -> Measurement:
+            return replace(m, lr=0.1, loss=1.0)
+
+        policy = copy.deepcopy(policy)
+        controller = controller_of(policy, max_batch_size=512, lr_scaling="none")
+        run = Run(controller, phi=lambda r: 3.0 * r.batch_size, edit=follows, time=lambda b: 20 + b / 32).steps(4000)
+        assert run.batch_size == 512
+        assert len(run.changes) == 4  # straight up, one step of two at a time, and no swinging
+
+    @pytest.mark.parametrize("policy", [NormTest(0.5), NoiseScale(), GradientDiversity(1.0)])
+    def test_a_step_time_that_jumps_is_nothing_to_those_that_count_no_time(self, policy):
+        runs = [
+            Run(controller_of(copy.deepcopy(policy)), time=time).steps(1200)
+            for time in (lambda b: 1.0, lambda b: b * (1 + b % 7))
+        ]
+        assert runs[0].changes == runs[1].changes != []
+
     @given(phi=st.floats(0, 1e30), size=st.integers(1, 10**6))
     def test_the_rate_is_never_scaled_by_more_than_the_batch(self, phi, size):
         controller = controller_of()

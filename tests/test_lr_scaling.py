@@ -330,3 +330,41 @@ def test_a_policy_that_sets_the_rate_goes_with_no_rule(policy):
 def test_where_the_batch_grows_in_place_of_a_decay_auto_scales_nothing(policy: Policy):
     assert type(resolve_lr_scaling("auto", adam(), policy)) is NoScaling
     assert type(resolve_lr_scaling("linear", adam(), policy)) is LinearScaling
+
+
+# Closed forms: linear regression with y = x w* + e, x ~ N(0, H), Var e = s2 (McCandlish et al. 2018, equations 2.6-2.8)
+
+
+def regression(curvatures: list[float], s2: float = 1.0) -> tuple[Any, Any, Any]:
+    h = torch.tensor(curvatures, dtype=torch.float64)
+    delta = torch.linspace(0.2, 0.6, len(h), dtype=torch.float64)
+    g = h * delta
+    sigma = torch.outer(g, g) + (delta @ g + s2) * torch.diag(h)
+    return h, g, sigma
+
+
+def decrease(lr: torch.Tensor, size: float, h: Any, g: Any, sigma: Any) -> torch.Tensor:
+    """Expected decrease of the loss in one update at rate ``lr``."""
+    curvature = g @ (h * g) + torch.trace(h[:, None] * sigma) / size
+    return lr * (g @ g) - lr**2 / 2 * curvature
+
+
+@pytest.mark.parametrize("size", [4, 32, 1024])
+def test_the_best_rate_of_a_quadratic_is_its_closed_form(size):
+    h, g, sigma = regression([0.2, 1.0, 3.0])
+    noise = torch.trace(h[:, None] * sigma) / (g @ (h * g))
+    best = (g @ g) / (g @ (h * g)) / (1 + noise / size)
+    rates = torch.linspace(0.5, 1.5, 2001, dtype=torch.float64) * best
+    found = rates[decrease(rates, size, h, g, sigma).argmax()]
+    assert float(found) == pytest.approx(float(best), rel=1e-3)
+    most = (g @ g) ** 2 / (2 * (g @ (h * g))) / (1 + noise / size)
+    assert float(decrease(best, size, h, g, sigma)) == pytest.approx(float(most), rel=1e-12)
+
+
+def test_adascale_is_the_ratio_of_the_best_rates_where_all_curvatures_are_alike():
+    h, g, sigma = regression([1.5, 1.5, 1.5, 1.5])
+    phi = float(torch.trace(sigma) / (g @ g))
+    best = [1 / (1 + phi / size) for size in (32, 200)]
+    noise = torch.trace(h[:, None] * sigma) / (g @ (h * g))
+    assert phi == pytest.approx(float(noise), rel=1e-12)
+    assert AdaScale().factor(200, 32, phi) == pytest.approx(best[1] / best[0], rel=1e-12)
