@@ -18,7 +18,7 @@ from adaptive_batch.lr_scaling import (
     resolve_lr_scaling,
     scaled_lr,
 )
-from adaptive_batch.policies import CABS, DontDecay, LossProportional, OnlyGrow, Plateau, Policy, Seesaw
+from adaptive_batch.policies import CABS, DontDecay, LossProportional, Max, OnlyGrow, Plateau, Policy, Seesaw
 
 RULES: list[LRScaling] = [NoScaling(), LinearScaling(), SqrtScaling(), AdaScale(), AdamScale(), SDEScaling()]
 NAMES: dict[str, type[Any]] = {
@@ -326,10 +326,11 @@ def test_a_policy_that_sets_the_rate_goes_with_no_rule(policy):
             resolve_lr_scaling(rule, adam(), policy)
 
 
-@pytest.mark.parametrize("policy", [Plateau(), LossProportional()])
+@pytest.mark.parametrize("policy", [Plateau(), LossProportional(), Max("constant", Plateau()), OnlyGrow("plateau")])
 def test_where_the_batch_grows_in_place_of_a_decay_auto_scales_nothing(policy: Policy):
     assert type(resolve_lr_scaling("auto", adam(), policy)) is NoScaling
     assert type(resolve_lr_scaling("linear", adam(), policy)) is LinearScaling
+    assert type(resolve_lr_scaling("auto", adam(), Max("constant"))) is SqrtScaling
 
 
 # Closed forms: linear regression with y = x w* + e, x ~ N(0, H), Var e = s2 (McCandlish et al. 2018, equations 2.6-2.8)
@@ -346,7 +347,8 @@ def regression(curvatures: list[float], s2: float = 1.0) -> tuple[Any, Any, Any]
 def decrease(lr: torch.Tensor, size: float, h: Any, g: Any, sigma: Any) -> torch.Tensor:
     """Expected decrease of the loss in one update at rate ``lr``."""
     curvature = g @ (h * g) + torch.trace(h[:, None] * sigma) / size
-    return lr * (g @ g) - lr**2 / 2 * curvature
+    expected: torch.Tensor = lr * (g @ g) - lr**2 / 2 * curvature
+    return expected
 
 
 @pytest.mark.parametrize("size", [4, 32, 1024])

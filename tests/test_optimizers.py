@@ -224,7 +224,7 @@ def test_inner_products_are_refused_where_only_norms_are_known():
 
 def test_after_growth_the_rate_rises_to_that_of_the_new_size():
     controller = BatchSizeController(
-        LinearRamp(64, over=1), lr_scaling=LinearScaling(rewarm=4), adjust_every=1, reference_batch_size=16
+        LinearRamp(None, 64, over=1), lr_scaling=LinearScaling(rewarm=4), adjust_every=1, reference_batch_size=16
     )
 
     assert controller.lr_factor(16) == 1.0
@@ -242,7 +242,7 @@ def test_after_growth_the_rate_rises_to_that_of_the_new_size():
 def test_a_smaller_size_has_its_rate_at_once():
 
     controller = BatchSizeController(
-        LinearRamp(4, over=1),
+        LinearRamp(None, 4, over=1),
         lr_scaling=SqrtScaling(rewarm=10),
         adjust_every=1,
         reference_batch_size=16,

@@ -118,14 +118,14 @@ RUNS: dict[str, tuple[Any, float, float, dict[str, Any]]] = {
     "milestones": (lambda: Milestones({1: 64, 3: 8}), 64, 8, {"min_batch_size": 4}),
     "geometric_growth": (lambda: GeometricGrowth(1.5, 1), 60, math.inf, {}),
     "geometric_growth down": (lambda: GeometricGrowth(0.8, 1), 0, 8, {"min_batch_size": 4}),
-    "linear_ramp": (lambda: LinearRamp(99, 1500), 99, math.inf, {}),
-    "linear_ramp down": (lambda: LinearRamp(10, 1500), 0, 10, {"min_batch_size": 4}),
+    "linear_ramp": (lambda: LinearRamp(None, 99, 1500), 99, math.inf, {}),
+    "linear_ramp down": (lambda: LinearRamp(None, 10, 1500), 0, 10, {"min_batch_size": 4}),
     "dont_decay": (DontDecay, 80, math.inf, {}),
     "seesaw": (Seesaw, 80, math.inf, {}),
     "clamp": (lambda: Clamp(lambda m: 1000, max_batch_size=40), 40, math.inf, {}),
     "only_grow": (lambda: OnlyGrow(Milestones({1: 64, 3: 8})), 64, math.inf, {}),
-    "max": (lambda: Max(NoiseScale(0.1), LinearRamp(64, 2000)), 64, math.inf, {}),
-    "min": (lambda: Min(lambda m: 500, LinearRamp(64, 2000)), 64, math.inf, {}),
+    "max": (lambda: Max(NoiseScale(0.1), LinearRamp(None, 64, 2000)), 64, math.inf, {}),
+    "min": (lambda: Min(lambda m: 500, LinearRamp(None, 64, 2000)), 64, math.inf, {}),
     "sequential": (lambda: once(Constant(24)), 64, 24, {}),
 }
 

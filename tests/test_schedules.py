@@ -35,14 +35,14 @@ def test_geometric_growth_beyond_all_numbers_is_not_finite():
 
 @pytest.mark.parametrize(("unit", "field"), UNITS)
 def test_linear_ramp_goes_from_start_to_end(unit, field):
-    policy = LinearRamp(512, over=100, unit=unit)
+    policy = LinearRamp(None, 512, over=100, unit=unit)
     sizes = [policy.propose(measurement(**{field: x})) for x in (0, 25, 50, 100, 900)]
     assert sizes == [32.0, 152.0, 272.0, 512.0, 512.0]
     assert policy.reason(measurement(**{field: 37}), 200) == "37 % of the ramp to 512"
 
 
 def test_linear_ramp_can_go_down():
-    assert LinearRamp(16, over=10, start=116).propose(measurement(samples=4)) == 76.0
+    assert LinearRamp(116, 16, over=10).propose(measurement(samples=4)) == 76.0
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_linear_ramp_can_go_down():
         (lambda: GeometricGrowth(every=0), "every=0"),
         (lambda: GeometricGrowth(start=0), "start=0"),
         (lambda: GeometricGrowth(unit="steps"), "epochs, updates, samples"),
-        (lambda: LinearRamp(0, over=1), "end=0"),
-        (lambda: LinearRamp(64, over=math.inf), "over=inf"),
-        (lambda: LinearRamp(64, over=1, unit="tokens"), "tokens"),
+        (lambda: LinearRamp(None, 0, over=1), "end=0"),
+        (lambda: LinearRamp(None, 64, over=math.inf), "over=inf"),
+        (lambda: LinearRamp(None, 64, over=1, unit="tokens"), "tokens"),
         (lambda: CriticalBatchWarmup({}), "empty"),
         (lambda: CriticalBatchWarmup({-1: 100}), "position -1"),
         (lambda: CriticalBatchWarmup({0: 0}), "size 0"),
@@ -184,5 +184,11 @@ def test_growing_the_batch_reaches_the_same_stationary_loss_as_decaying_the_rate
 
 
 def test_schedules_are_not_measured():
-    policies: list[Any] = [GeometricGrowth(), LinearRamp(64, 1), CriticalBatchWarmup({0: 1}), DontDecay(), Seesaw()]
+    policies: list[Any] = [
+        GeometricGrowth(),
+        LinearRamp(None, 64, 1),
+        CriticalBatchWarmup({0: 1}),
+        DontDecay(),
+        Seesaw(),
+    ]
     assert not any(map(is_measured, policies))

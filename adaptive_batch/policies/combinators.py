@@ -78,6 +78,7 @@ class Among:
     Attributes:
         members: the policies.
         chosen: the one whose proposal the last one was.
+        auto_lr_scaling: ``"none"`` where the batch grows in place of a decay in any of them.
     """
 
     name: str
@@ -93,6 +94,8 @@ class Among:
                 f"several in {type(self).__name__}: use it alone, or in Clamp or OnlyGrow."
             )
         self.needs: frozenset[str] = frozenset().union(*(getattr(member, "needs", ()) for member in self.members))
+        if any(hasattr(member, "auto_lr_scaling") for member in self.members):
+            self.auto_lr_scaling = "none"
         self.chosen = self.members[0]
 
     def reason(self, measurement: Measurement, batch_size: int) -> str:

@@ -16,10 +16,10 @@ class GradientDiversity:
         Delta = sum_i |g_i|^2 / |sum_i g_i|^2        N Delta = 1 + phi
         B' = max(B, delta N Delta)
 
-    ``N`` is the size of the data set. Yin, Pananjady, Lam,
-    Papailiopoulos, Ramchandran, Bartlett, *Gradient diversity: a key ingredient for scalable distributed learning*,
-    AISTATS 2018, arXiv:1706.05699, whose bound on the batch is ``N Delta``; Chen, Wang, Sundaram, *DiveBatch*, 2025,
-    arXiv:2509.16173, which sums over the epoch while the parameters move. Here ``N Delta = 1 + phi`` comes from the
+    ``N`` is the size of the data set. Yin, Pananjady, Lam, Papailiopoulos, Ramchandran, Bartlett, *Gradient diversity:
+    a key ingredient for scalable distributed learning*, AISTATS 2018, arXiv:1706.05699, whose bound on the batch is
+    ``N Delta``; Chen, Wang, Sundaram, *DiveBatch*, 2025, arXiv:2509.16173, which sums over the epoch while the
+    parameters move. Here ``N Delta = 1 + phi`` comes from the
     smoothed noise scale, which is free of that bias, and the size may change at any decision.
 
     Args:

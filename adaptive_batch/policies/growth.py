@@ -62,9 +62,9 @@ class LinearRamp:
     arXiv:2411.00999, ramp linearly in tokens and do not rescale the learning rate (``lr_scaling="none"``).
 
     Args:
-        end: size at the end of the ramp, in samples; it stays.
+        start: size at the beginning, in samples; None is the reference batch size.
+        end: size at the end of the ramp; it stays.
         over: length of the ramp.
-        start: size at the beginning; None is the reference batch size.
         unit: of ``over``: ``"samples"``, ``"updates"`` or ``"epochs"``.
 
     Raises:
@@ -74,7 +74,7 @@ class LinearRamp:
     name = "linear_ramp"
     needs: frozenset[str] = frozenset()
 
-    def __init__(self, end: int, over: float, *, start: int | None = None, unit: str = "samples") -> None:
+    def __init__(self, start: int | None, end: int, over: float, *, unit: str = "samples") -> None:
         if not 1 <= end < math.inf:
             raise ValueError(f"end={end} is no batch size: pass at least 1 sample.")
         self.end = end
