@@ -95,16 +95,10 @@ def fit(digits: TensorDataset, model: Digits, callbacks: Any, *, batch_size: int
     trainer(callbacks, max_epochs=epochs).fit(model, DataLoader(digits, batch_size=batch_size, shuffle=True))
 
 
-def once(policy: Any, *, at: int = 30, size: int = 64) -> Any:
-    """Up at once and down again by the policy under test, so that both directions are seen."""
-    return Sequential({0: Constant(size), at: policy}, unit="updates")
-
-
 # policy, the sizes that the run has to have reached: at least, at most, options
 RUNS: dict[str, tuple[Any, float, float, dict[str, Any]]] = {
     "goodput": (lambda: "goodput", 0, math.inf, {}),  # reads the clock
     "noise_scale": (lambda: NoiseScale(4.0), 32, math.inf, {}),
-    "noise_scale down": (lambda: once(NoiseScale(0.01), at=10, size=32), 32, 16, {"min_batch_size": 4}),
     "norm_test": (lambda: NormTest(0.2), 32, math.inf, {}),
     "inner_product_test": (lambda: InnerProductTest(0.1, 1.0), 32, math.inf, {}),
     "big_batch": (lambda: BigBatch(0.5, theta=0.5), 24, math.inf, {}),
@@ -126,7 +120,7 @@ RUNS: dict[str, tuple[Any, float, float, dict[str, Any]]] = {
     "only_grow": (lambda: OnlyGrow(Milestones({1: 64, 3: 8})), 64, math.inf, {}),
     "max": (lambda: Max(NoiseScale(0.1), LinearRamp(None, 64, 2000)), 64, math.inf, {}),
     "min": (lambda: Min(lambda m: 500, LinearRamp(None, 64, 2000)), 64, math.inf, {}),
-    "sequential": (lambda: once(Constant(24)), 64, 24, {}),
+    "sequential": (lambda: Sequential({0: Constant(64), 20: Constant()}, unit="updates"), 64, B0, {}),
 }
 
 
@@ -140,6 +134,7 @@ def test_each_sample_once_and_each_update_at_the_rate_of_its_own_size(digits, na
         lr_scaling="auto" if owns else "linear",
         adjust_every=5,
         max_batch_size=100,
+        noise="micro_batches",  # measures more of the updates of a run as short as this
         verbose=False,
         **options,
     )
