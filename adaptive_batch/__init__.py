@@ -6,6 +6,7 @@ from adaptive_batch.history import Change, History, Update
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.micro_batching import register_splitter, split_batch
 from adaptive_batch.noise import GradientNoiseScale
+from adaptive_batch.replay import replay
 from adaptive_batch.throughput import StepTimeModel
 from adaptive_batch.trainers import FixedBatchTrainer, MiniBatchTrainer, SGDTrainer
 
@@ -24,6 +25,7 @@ __all__ = [
     "Update",
     "make_adaptive",
     "register_splitter",
+    "replay",
     "split_batch",
 ]
 

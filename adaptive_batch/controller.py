@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adaptive_batch.lr_scaling import LRScaling, resolve_lr_scaling
+from adaptive_batch.lr_scaling import GroupValues, LRScaling, resolve_lr_scaling
 from adaptive_batch.measurement import Measurement, read_numbers
-from adaptive_batch.noise import GradientNoiseScale
-from adaptive_batch.policies import Constant, Policy, _words, is_measured, resolve_policy
+from adaptive_batch.noise import GradientNoiseScale, InnerProducts, two_batch_estimate
+from adaptive_batch.policies import Constant, Policy, _words, active_policy, is_measured, resolve_policy
 from adaptive_batch.throughput import StepTimeModel
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 __all__ = ["BatchSizeController", "Decision"]
 
@@ -38,6 +41,9 @@ IDENTIFIED_AT = 0.9
 """Confidence at which ``|G|^2`` differs from zero before the policy is given a noise scale. A scale that is found too
 early is too small, so the mistake costs speed and no samples; and each change still has to be right at the
 pessimistic end of the 95 % interval."""
+
+_FROM_PARTS = frozenset({"noise", "variance", "inner_products"})
+"""Statistics that one measurement of an update's parts gives together."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ class BatchSizeController:
         step_time: the :class:`StepTimeModel` fed with the updates' times.
         exchange: on several ranks, makes one list of measurements of those that each rank made, of plain numbers.
         agree: on several ranks, gives all of them the same proposal.
+        record: is given each measurement that the policy is asked with, in plain numbers.
 
     Raises:
         ValueError: for sizes below one, or a minimum above the maximum.
@@ -118,13 +125,14 @@ class BatchSizeController:
         if reference_batch_size is not None and not _is_count(reference_batch_size, least=1):
             raise ValueError(f"reference_batch_size={reference_batch_size!r} must be a positive whole number, or None.")
         self.policy = resolve_policy(policy)
-        self.lr_scaling = resolve_lr_scaling(lr_scaling)
+        self.lr_scaling = resolve_lr_scaling(lr_scaling, policy=self.policy)
         self.min_batch_size = min_batch_size
         self.max_batch_size = max_batch_size
         self.adjust_every = adjust_every
-        self.careful = is_measured(self.policy) if quantize is None else quantize
+        self._quantize = quantize
         self.multiple_of = multiple_of
         self._noises = [GradientNoiseScale(confidence=IDENTIFIED_AT) for _ in NOISE_MEMORY_FRACTIONS]
+        self.inner_products = InnerProducts()
         self.step_time = StepTimeModel()
         self.reference_batch_size = reference_batch_size
         self.batch_size = reference_batch_size
@@ -132,13 +140,26 @@ class BatchSizeController:
         self._noted: list[str] = []
         self.exchange: Callable[[list[Measurement]], list[Measurement]] | None = None
         self.agree: Callable[[float], float] | None = None
+        self.record: Callable[[Measurement], None] | None = None
         self._pending: list[Measurement] = []
         self._updates = 0
         self._changed_at = 0
+        self._previous = reference_batch_size
         self._measured_samples = 0
         self._settled = 0
         self._measured_run = 0
         self._last_noise_scale = math.nan
+        self._newest = (0, math.nan, math.nan)  # update, |G|^2 and tr(Sigma) of the last measured one
+
+    @property
+    def careful(self) -> bool:
+        """Whether changes are quantised and need evidence."""
+        return is_measured(self.policy) if self._quantize is None else self._quantize
+
+    @property
+    def _active(self) -> Policy:
+        """The policy that answers for the last proposal, where several make one."""
+        return active_policy(self.policy)
 
     @property
     def noise(self) -> GradientNoiseScale:
@@ -148,14 +169,20 @@ class BatchSizeController:
     @property
     def policy_needs(self) -> frozenset[str]:
         """The statistics that the policy alone uses."""
-        return frozenset(getattr(self.policy, "needs", ()))
+        return frozenset(getattr(self._active, "needs", ()))
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics that policy and learning-rate rule use: any of ``"noise"`` and ``"step_time"``."""
+        """What has to be measured for policy and learning-rate rule: any of ``"noise"`` and ``"step_time"``."""
         if isinstance(self.policy, Constant) and self.policy.batch_size in (None, self.reference_batch_size):
             return frozenset()  # the scale is always one
-        return self.policy_needs | frozenset(getattr(self.lr_scaling, "needs", ()))
+        needs = self._needs
+        return needs - _FROM_PARTS | {"noise"} if needs & _FROM_PARTS else needs
+
+    @property
+    def _needs(self) -> frozenset[str]:
+        """As policy and rule name them."""
+        return frozenset(getattr(self.policy, "needs", ())) | frozenset(getattr(self.lr_scaling, "needs", ()))
 
     @property
     def noise_scale(self) -> float:
@@ -167,11 +194,51 @@ class BatchSizeController:
         """Whether a few updates should run in parts, so that the times of smaller passes say what a sample costs."""
         return "step_time" in self.policy_needs and math.isnan(self.step_time.beta)
 
-    def lr_factor(self, batch_size: float) -> float:
-        """Factor on the scheduled learning rate for an update of ``batch_size`` samples."""
+    def lr_factor(self, batch_size: float, lr: float = math.nan) -> float:
+        """Factor on the scheduled learning rate for an update.
+
+        Args:
+            batch_size: samples of the update.
+            lr: the scheduled rate, for policies that set the rate together with the size.
+        """
         if self.reference_batch_size is None:
             return 1.0
+        if hasattr(self.policy, "lr_factor"):
+            return float(self.policy.lr_factor(batch_size, self.reference_batch_size, lr))
+        factor = self._rule_factor(batch_size)
+        rewarm = getattr(self.lr_scaling, "rewarm", 0)
+        if rewarm and self._previous is not None and self._updates - self._changed_at < rewarm:
+            before = self._rule_factor(self._previous)
+            share = (self._updates - self._changed_at + 1) / (rewarm + 1)
+            factor = min(factor, before + share * max(0.0, factor - before))
+        return factor
+
+    def _rule_factor(self, batch_size: float) -> float:
+        assert self.reference_batch_size is not None
         return self.lr_scaling.factor(batch_size, self.reference_batch_size, self._last_noise_scale)
+
+    def group_values(self, batch_size: float, factor: float) -> GroupValues | None:
+        """What else the rule sets in each parameter group for an update; ``None`` where it sets nothing.
+
+        Args:
+            batch_size: samples of the update.
+            factor: that of the learning rate.
+        """
+        values = getattr(self.lr_scaling, "group_values", None)
+        if values is None or self.reference_batch_size in (None, batch_size):
+            return None
+        scale = batch_size / self.reference_batch_size
+        return lambda group: values(group, scale, factor)
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse a rule that has no meaning for this optimizer up to the largest size.
+
+        Raises:
+            ValueError: with the reason.
+        """
+        check = getattr(self.lr_scaling, "check", None)
+        if check is not None and self.max_batch_size is not None and self.reference_batch_size is not None:
+            check(optimizer, self.max_batch_size / self.reference_batch_size)
 
     def observe(self, measurement: Measurement) -> Decision | None:
         """Take in one update; every ``adjust_every``-th call asks the policy.
@@ -187,26 +254,39 @@ class BatchSizeController:
         self._updates += 1
         if self._updates % self.adjust_every:
             return None
-        return self._decide(self._describe(measurement, loss=self._absorb()))
+        described = self._describe(measurement, loss=self._absorb())
+        if self.record is not None:
+            self.record(replace(described, seconds=math.nan, peak_memory=math.nan, step_time=None))
+        return self._decide(described)
+
+    def decide(self, measurement: Measurement) -> Decision | None:
+        """Ask the policy about a measurement of an earlier run, as it was recorded there.
+
+        Size, bounds and step times are this controller's own; the rest is the measurement's.
+        """
+        assert self.batch_size is not None
+        self._updates = measurement.update
+        return self._decide(replace(measurement, batch_size=self.batch_size, step_time=self.step_time))
 
     def _absorb(self) -> float:
-        """Read the pending measurements' numbers in one transfer and update the estimates; the last loss."""
+        """Read the pending measurements' numbers in one transfer and update the estimates; the mean loss."""
         pending = self._pending
         if self.exchange is not None:
             pending = self.exchange(pending)
-        last = pending[-1].loss
-        unread = [n for m in pending for n in (*m.part_sq_norms, m.sq_norm)]
-        *norms, loss = read_numbers([*unread, last])
+        numbers = read_numbers([n for m in pending for n in (*m.part_sq_norms, m.sq_norm, m.loss)])
+        losses = []
         for m in pending:
-            count = len(m.part_sq_norms)
-            self._absorb_noise(m, norms[:count], norms[count])
+            *norms, sq_norm, loss = numbers[: len(m.part_sq_norms) + 2]
+            self._absorb_noise(m, norms, sq_norm)
             self._absorb_time(m)
-            del norms[: count + 1]
+            losses.append((m.batch_size, loss))
+            del numbers[: len(norms) + 2]
         self._pending.clear()
         noise_scale = self.noise.noise_scale
         if math.isfinite(noise_scale):
             self._last_noise_scale = noise_scale
-        return loss
+        known = [(size, loss) for size, loss in losses if math.isfinite(loss)]
+        return sum(size * loss for size, loss in known) / sum(size for size, _ in known) if known else math.nan
 
     def _absorb_noise(self, m: Measurement, part_sq_norms: list[float], sq_norm: float) -> None:
         measured = len(part_sq_norms) > 1
@@ -220,6 +300,11 @@ class BatchSizeController:
                 noise.update(part_sq_norms, m.part_sizes, sq_norm)
             else:
                 noise.update_norm(sq_norm, size)
+        if "inner_products" in self._needs:  # other sources than pairs of parts may stand for the norms of pairs
+            self.inner_products.update(part_sq_norms, m.part_sizes, sq_norm)
+        newest = two_batch_estimate(part_sq_norms, m.part_sizes, sq_norm)
+        if math.isfinite(sum(newest)):
+            self._newest = (m.update, *newest)
 
     def _absorb_time(self, m: Measurement) -> None:
         measured = len(m.part_sq_norms) > 1
@@ -254,6 +339,11 @@ class BatchSizeController:
             grad_sq_norm=noise.grad_sq_norm,
             grad_variance=noise.grad_variance,
             interval=noise.interval(0.95),
+            inner_product_variance=self.inner_products.variance,
+            inner_product_sq_norm=self.inner_products.sq_norm,
+            measured_update=self._newest[0],
+            measured_grad_sq_norm=self._newest[1],
+            measured_grad_variance=self._newest[2],
             step_time=self.step_time,
         )
 
@@ -267,6 +357,7 @@ class BatchSizeController:
         self.note = None
         self._noted.clear()
         self._changed_at = self._updates
+        self._previous = self.batch_size
         self._settled = 0
         self.batch_size = answer.batch_size
         return answer
@@ -313,7 +404,7 @@ class BatchSizeController:
 
     def _without_noise_scale(self, m: Measurement) -> _Stay:
         """Nothing changes; but where a larger update costs too much, no noise scale could make it pay."""
-        goodput = getattr(self.policy, "goodput", None)
+        goodput = getattr(self._active, "goodput", None)
         size = self._clamp(self._grid_above(m.batch_size))
         if goodput is not None and size > m.batch_size:
             all_noise = replace(m, noise_scale=math.inf)
@@ -347,13 +438,19 @@ class BatchSizeController:
 
     def _objection(self, m: Measurement, size: int, proposal: float) -> _Stay | None:
         """What speaks against a change: too small a promise, or too little evidence."""
-        doubtful = replace(m, noise_scale=m.interval[0] if size > m.batch_size else m.interval[1])
-        goodput = getattr(self.policy, "goodput", None)
+        grows = size > m.batch_size
+        doubtful = replace(
+            m,
+            noise_scale=m.interval[0] if grows else m.interval[1],
+            inner_product_variance=self.inner_products.lower if grows else m.inner_product_variance,
+        )
+        goodput = getattr(self._active, "goodput", None)
         if goodput is None:
             # Only a built-in policy can be asked what if: another one may count how often it is asked.
-            asks = is_measured(self.policy) and "noise" in self.policy_needs
-            if asks and (self.policy.propose(doubtful) - m.batch_size) * (proposal - m.batch_size) <= 0:
-                return _Stay("interval", f"{_words.noise_scale(m)} does not rule out that it is right")
+            asks = is_measured(self._active) and self.policy_needs & _FROM_PARTS
+            if asks and (self._active.propose(doubtful) - m.batch_size) * (proposal - m.batch_size) <= 0:
+                words = self._words(m, m.batch_size, proposal)
+                return _Stay("interval", f"{words}, which does not rule out that it is right")
             return None
         promise = goodput(size, m) / goodput(m.batch_size, m)
         if not promise >= 1 + MIN_PROMISE:
@@ -376,9 +473,11 @@ class BatchSizeController:
     def _neighbour(self, current: int, proposal: float) -> int:
         """The next quantised size in the direction of the proposal, if the proposal is that far.
 
-        Where the policy can compute a promise, the promise decides instead of the distance.
+        Where the policy can compute a promise, the promise decides instead of the distance; where it tests the
+        size, the test does.
         """
-        reach = 1.0 if hasattr(self.policy, "goodput") else MAX_GROWTH
+        decided = hasattr(self._active, "goodput") or getattr(self._active, "is_test", False)
+        reach = 1.0 if decided else MAX_GROWTH
         if proposal > current:
             size = self._clamp(self._grid_above(current))
             return size if proposal >= min(reach * current, size) else current
@@ -422,11 +521,14 @@ class BatchSizeController:
             "noted": list(self._noted),
             "updates": self._updates,
             "changed_at": self._changed_at,
+            "previous": self._previous,
             "measured_samples": self._measured_samples,
             "settled": self._settled,
             "measured_run": self._measured_run,
             "noise_scale": self._last_noise_scale,
+            "newest": list(self._newest),
             "noise": [noise.state_dict() for noise in self._noises],
+            "inner_products": self.inner_products.state_dict(),
             "step_time": self.step_time.state_dict(),
             "pending": [_plain(m) for m in self._pending],
         }
@@ -442,23 +544,29 @@ class BatchSizeController:
         """
         _check_state(state, self.state_dict())
         noises, step_time = [GradientNoiseScale(confidence=IDENTIFIED_AT) for _ in self._noises], StepTimeModel()
+        inner_products = InnerProducts()
+        inner_products.load_state_dict(state["inner_products"])
         for noise, noise_state in zip(noises, state["noise"], strict=True):
             noise.load_state_dict(noise_state)
         step_time.load_state_dict(state["step_time"])
         pending = [_pending_measurement(record) for record in state["pending"]]
         if hasattr(self.policy, "load_state_dict") and "policy" in state:
             self.policy.load_state_dict(state["policy"])
-        self._noises, self.step_time, self._pending = noises, step_time, pending
+        self._noises, self.inner_products, self.step_time = noises, inner_products, step_time
+        self._pending = pending
         self.reference_batch_size = state["reference_batch_size"]
         self.batch_size = state["batch_size"]
         self.note = state["note"]
         self._noted = list(state["noted"])
         self._updates = state["updates"]
         self._changed_at = state["changed_at"]
+        self._previous = state["previous"]
         self._measured_samples = state["measured_samples"]
         self._settled = state["settled"]
         self._measured_run = state["measured_run"]
         self._last_noise_scale = state["noise_scale"]
+        update, sq_norm, variance = state["newest"]
+        self._newest = (update, sq_norm, variance)
 
 
 def check_bounds(min_batch_size: int | None, max_batch_size: int | None) -> None:
@@ -544,14 +652,16 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "noted": lambda value: isinstance(value, list) and all(isinstance(kind, str) for kind in value),
     "updates": _is_count,
     "changed_at": _is_count,
+    "previous": lambda value: value is None or _is_size(value),
     "measured_samples": _is_count,
     "settled": _is_count,
     "measured_run": _is_count,
     "noise_scale": lambda value: _is_number(value) and not value < 0,
     "noise": lambda value: isinstance(value, list) and len(value) == len(NOISE_MEMORY_FRACTIONS),
+    "newest": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_number, value)),
     "pending": lambda value: isinstance(value, list),
 }
-"""What each entry of a state has to be; ``noise``, ``step_time`` and ``policy`` check their own."""
+"""What each entry of a state has to be; ``noise``, ``inner_products``, ``step_time`` and ``policy`` check their own."""
 
 
 def _name(policy: object) -> str:

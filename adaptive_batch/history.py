@@ -14,6 +14,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from adaptive_batch.measurement import Measurement
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -73,12 +75,41 @@ class Change:
 _UPDATE_FIELDS = [field.name for field in dataclasses.fields(Update)]
 _COUNTS = 5  # the leading fields are whole numbers
 
+_MOST_MEASUREMENTS = 2000
+_MEASURED_COUNTS = ("update", "epoch", "samples", "batch_size", "reference_batch_size", "measured_update")
+_MEASURED_NUMBERS = (
+    "lr",
+    "loss",
+    "noise_scale",
+    "grad_sq_norm",
+    "grad_variance",
+    "inner_product_variance",
+    "inner_product_sq_norm",
+    "measured_grad_sq_norm",
+    "measured_grad_variance",
+)
+
 
 def _without_nan(fields: dict[str, Any]) -> dict[str, Any]:
     """JSON has no numbers that are not finite."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()
     }
+
+
+def _measurement_row(measurement: Measurement) -> list[float]:
+    names = (*_MEASURED_COUNTS, *_MEASURED_NUMBERS)
+    return [*(float(getattr(measurement, name)) for name in names), *measurement.interval]
+
+
+def _measurement_from_row(row: list[float]) -> Measurement:
+    *numbers, low, high = row
+    counts = map(int, numbers[: len(_MEASURED_COUNTS)])
+    named: dict[str, Any] = {
+        **dict(zip(_MEASURED_COUNTS, counts, strict=True)),
+        **dict(zip(_MEASURED_NUMBERS, numbers[len(_MEASURED_COUNTS) :], strict=True)),
+    }
+    return Measurement(**named, interval=(low, high))
 
 
 def _update_from_row(row: list[float]) -> Update:
@@ -101,6 +132,7 @@ class History:
         updates: the last updates, oldest first.
         changes: every change of the batch size, oldest first.
         notes: the last 1000 reasons to keep the size, one entry whenever the reason becomes another one.
+        measurements: the last 2000 measurements that the policy was asked with; see :func:`~adaptive_batch.replay`.
     """
 
     def __init__(self, size: int = 10_000, *, path: str | Path | None = None) -> None:
@@ -109,6 +141,7 @@ class History:
         self.updates: deque[Update] = deque(maxlen=size)
         self.changes: list[Change] = []
         self.notes: deque[Change] = deque(maxlen=1000)
+        self.measurements: deque[Measurement] = deque(maxlen=_MOST_MEASUREMENTS)
         self._path = None if path is None else Path(path)
         self._file: IO[str] | None = None
         self._written = 0
@@ -208,12 +241,13 @@ class History:
         return figure
 
     def state_dict(self) -> dict[str, Any]:
-        """Changes and notes as plain values; the kept updates as a ``[n, fields]`` tensor: quick to save."""
+        """Changes and notes as plain values; updates and measurements as ``[n, fields]`` tensors: quick to save."""
         rows = [[getattr(update, name) for name in _UPDATE_FIELDS] for update in self.updates]
         return {
             "updates": torch.tensor(rows, dtype=torch.float64),
             "changes": [dataclasses.asdict(change) for change in self.changes],
             "notes": [dataclasses.asdict(note) for note in self.notes],
+            "measurements": torch.tensor([_measurement_row(m) for m in self.measurements], dtype=torch.float64),
             "written": self._written,
         }
 
@@ -227,6 +261,7 @@ class History:
             updates = [_update_from_row(row) for row in state["updates"].tolist()]
             changes = [_checked(Change(**row)) for row in state["changes"]]
             notes = [_checked(Change(**row)) for row in state["notes"]]
+            measurements = [_measurement_from_row(row) for row in state["measurements"].tolist()]
             written = int(state["written"])
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"this is not the state of a History ({error}).") from error
@@ -238,6 +273,8 @@ class History:
         self.changes[:] = changes
         self.notes.clear()
         self.notes.extend(notes)
+        self.measurements.clear()
+        self.measurements.extend(measurements)
 
 
 def _checked(change: Change) -> Change:

@@ -1,15 +1,16 @@
-"""What learning rate for a batch size: rules that turn ``B / B0`` into a factor on the scheduled rate.
+"""What learning rate for a batch size: rules that turn ``k = B / B0`` into a factor on the scheduled rate.
 
 Each rule is pure: ``factor(batch_size, reference_batch_size, noise_scale)`` depends on its arguments
-only and is exactly 1 at the reference batch size.
+only and is exactly 1 at the reference batch size. What else of an optimizer should follow the size (decay
+rates of moments, weight decay) is an option of every rule, and off unless asked for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ __all__ = [
     "LRScaling",
     "LinearScaling",
     "NoScaling",
+    "SDEScaling",
     "SqrtScaling",
     "gain",
     "resolve_lr_scaling",
@@ -32,8 +34,14 @@ __all__ = [
 class LRScaling(Protocol):
     """A learning-rate rule: one method.
 
-    A rule may name the statistics it needs in a class attribute ``needs: frozenset[str]`` out of
-    ``{"noise"}``; what is not needed is not measured, and ``noise_scale`` is then NaN.
+    More is optional:
+
+    - ``needs: frozenset[str]`` names the statistics that it uses, out of ``{"noise"}``; what is not needed is not
+      measured, and ``noise_scale`` is then NaN.
+    - ``group_values(group, scale, factor) -> dict`` gives what other entries a parameter group should have for
+      an update of ``scale`` times the reference size; it is put back after the update.
+    - ``rewarm: int``, updates over which the rate rises to its new value after the size has grown.
+    - ``check(optimizer, scale)`` raises a ValueError where the rule has no meaning up to that scale.
     """
 
     def factor(self, batch_size: float, reference_batch_size: float, noise_scale: float = math.nan) -> float:
@@ -69,7 +77,56 @@ def gain(batch_size: float, reference_batch_size: float, noise_scale: float) -> 
     return (1 + noise_scale / reference_batch_size) / (1 + noise_scale / batch_size)
 
 
-class NoScaling:
+class _Rule:
+    """What every rule can do besides: options, all off by default.
+
+    Args:
+        betas: ``"half_life"`` sets ``beta2`` (RMSprop's ``alpha``) to ``beta2^k``, so that the second moments forget
+            over the same number of samples; always in (0, 1). Marek, Lotfi, Somasundaram, Wilson, Goldblum,
+            NeurIPS 2025, arXiv:2507.07101. ``beta1`` stays. None leaves both alone.
+        weight_decay: ``"timescale"`` multiplies a decoupled weight decay by ``k / factor``, so that ``B / (lr wd)``
+            samples stay its timescale: by ``sqrt(k)`` under the square-root rule, by 1 under the linear one. Bergsma
+            et al. 2025, arXiv:2505.13738. None leaves it alone.
+        rewarm: updates over which the factor rises linearly to that of a larger size, from that of the size before.
+
+    Raises:
+        ValueError: an option that does not exist, or a negative or fractional ``rewarm``.
+    """
+
+    name: str
+    needs: frozenset[str] = frozenset()
+    _BETAS: tuple[str | None, ...] = (None, "half_life")
+
+    def __init__(self, *, betas: str | None = None, weight_decay: str | None = None, rewarm: int = 0) -> None:
+        for name, value, known in (
+            ("betas", betas, self._BETAS),
+            ("weight_decay", weight_decay, (None, "timescale")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(map(repr, known))}.")
+        if not isinstance(rewarm, int) or isinstance(rewarm, bool) or rewarm < 0:
+            raise ValueError(f"rewarm={rewarm!r} is no number of updates: pass a whole number from 0 on.")
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.rewarm = rewarm
+
+    def group_values(self, group: Mapping[str, Any], scale: float, factor: float) -> dict[str, Any]:
+        """What the options give this parameter group for an update of ``scale`` times the reference size.
+
+        Args:
+            group: of the optimizer, with the values that the user set.
+            scale: ``k = B / B0``.
+            factor: that of the learning rate.
+        """
+        values: dict[str, Any] = {}
+        if self.betas == "half_life":
+            values |= _with_decays(group, keep=lambda beta: beta, forget=lambda beta: beta**scale)
+        if self.weight_decay and group.get("weight_decay") and group.get("decoupled_weight_decay", True):
+            values["weight_decay"] = group["weight_decay"] * scale / factor
+        return values
+
+
+class NoScaling(_Rule):
     """Leaves the learning rate as scheduled: factor 1.
 
     For policies that trade the batch size against the learning rate themselves, and for optimizers that
@@ -77,7 +134,6 @@ class NoScaling:
     """
 
     name = "none"
-    needs: frozenset[str] = frozenset()
 
     def factor(self, batch_size: float, reference_batch_size: float, noise_scale: float = math.nan) -> float:
         """Returns 1."""
@@ -85,7 +141,7 @@ class NoScaling:
         return 1.0
 
 
-class LinearScaling:
+class LinearScaling(_Rule):
     """The linear rule: factor ``B / B0``.
 
     Goyal et al., *Accurate, Large Minibatch SGD*, 2017, arXiv:1706.02677. For SGD while ``B`` is well
@@ -93,14 +149,13 @@ class LinearScaling:
     """
 
     name = "linear"
-    needs: frozenset[str] = frozenset()
 
     def factor(self, batch_size: float, reference_batch_size: float, noise_scale: float = math.nan) -> float:
         """Returns ``B / B0``."""
         return _scale(batch_size, reference_batch_size)
 
 
-class SqrtScaling:
+class SqrtScaling(_Rule):
     """The square-root rule: factor ``sqrt(B / B0)``.
 
     Krizhevsky, *One weird trick for parallelizing convolutional neural networks*, 2014, arXiv:1404.5997.
@@ -108,14 +163,13 @@ class SqrtScaling:
     """
 
     name = "sqrt"
-    needs: frozenset[str] = frozenset()
 
     def factor(self, batch_size: float, reference_batch_size: float, noise_scale: float = math.nan) -> float:
         """Returns ``sqrt(B / B0)``."""
         return math.sqrt(_scale(batch_size, reference_batch_size))
 
 
-class AdaScale:
+class AdaScale(_Rule):
     """AdaScale: factor ``r``, the :func:`gain` of the update.
 
     Johnson, Agrawal, Gu, Guestrin, *AdaScale SGD*, ICML 2020, arXiv:2007.05105. With it an update at
@@ -131,7 +185,7 @@ class AdaScale:
         return gain(batch_size, reference_batch_size, noise_scale)
 
 
-class AdamScale:
+class AdamScale(_Rule):
     """AdaScale for Adam and its relatives: factor ``sqrt(r)``, ``r`` the :func:`gain`.
 
     Qiao et al., *Pollux*, OSDI 2021, arXiv:2008.12260, in the form of its implementation AdaptDL.
@@ -145,15 +199,97 @@ class AdamScale:
         return math.sqrt(gain(batch_size, reference_batch_size, noise_scale))
 
 
-_Rule = NoScaling | LinearScaling | SqrtScaling | AdaScale | AdamScale
+class SDEScaling(_Rule):
+    """The square-root rule for all of Adam's or RMSprop's hyperparameters.
 
-_RULES: dict[str, type[_Rule]] = {
-    rule.name: rule for rule in (NoScaling, LinearScaling, SqrtScaling, AdaScale, AdamScale)
+    ::
+
+        lr sqrt(k)      beta -> 1 - k (1 - beta)      eps / sqrt(k)
+
+    for both betas (RMSprop's ``alpha``); then training follows the same stochastic differential equation at either
+    size. Malladi, Lyu, Panigrahi, Arora, *On the SDEs and scaling rules for adaptive gradient algorithms*, NeurIPS
+    2022, arXiv:2205.10287. It holds for ``k (1 - beta) < 1`` only: with ``beta1 = 0.9`` for less than ten times the
+    reference size. At the start of a fit it is refused for a ``max_batch_size`` beyond that; where no maximum is
+    known, a beta does not go below 0.
+
+    Args:
+        betas: ``"sde"``, or ``"half_life"`` for ``beta2^k`` in its place, which knows no such bound, or None.
+        weight_decay: ``"timescale"`` holds that of a decoupled weight decay.
+        rewarm: updates over which the rate rises after the size has grown.
+
+    Raises:
+        ValueError: an option that does not exist.
+    """
+
+    name = "sde"
+    _BETAS = (None, "half_life", "sde")
+
+    def __init__(self, *, betas: str | None = "sde", weight_decay: str | None = None, rewarm: int = 0) -> None:
+        super().__init__(betas=betas, weight_decay=weight_decay, rewarm=rewarm)
+
+    def factor(self, batch_size: float, reference_batch_size: float, noise_scale: float = math.nan) -> float:
+        """Returns ``sqrt(B / B0)``."""
+        return math.sqrt(_scale(batch_size, reference_batch_size))
+
+    def group_values(self, group: Mapping[str, Any], scale: float, factor: float) -> dict[str, Any]:
+        """Betas, ``eps`` and what the options add; see :meth:`_Rule.group_values`."""
+        values = super().group_values(group, scale, factor)
+        if self.betas == "sde":
+            values |= _with_decays(group, keep=lambda beta: _sde(beta, scale), forget=lambda beta: _sde(beta, scale))
+        if _decays(group) and isinstance(group.get("eps"), float):
+            values["eps"] = group["eps"] / math.sqrt(scale)
+        return values
+
+    def check(self, optimizer: Optimizer, scale: float) -> None:
+        """Refuse a largest size that would take a beta out of (0, 1).
+
+        Args:
+            optimizer: whose parameter groups count.
+            scale: the largest ``k``.
+
+        Raises:
+            ValueError: for the first beta that it would.
+        """
+        if self.betas != "sde":
+            return
+        for beta in (float(beta) for group in optimizer.param_groups for beta in _decays(group)):
+            if 0 < beta < 1 and scale * (1 - beta) >= 1:
+                raise ValueError(
+                    f'lr_scaling="sde" would set beta={beta:g} to {1 - scale * (1 - beta):.3g} at max_batch_size, '
+                    f"{scale:g} times the reference size, and holds below {1 / (1 - beta):.4g} times only: lower "
+                    'max_batch_size, or use SDEScaling(betas="half_life").'
+                )
+
+
+def _decays(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The decay rates of a group's moments: Adam's betas, RMSprop's ``alpha``."""
+    if "betas" in group:
+        return tuple(group["betas"])
+    return (group["alpha"],) if "alpha" in group and "centered" in group else ()  # ASGD's alpha is something else
+
+
+def _with_decays(
+    group: Mapping[str, Any], *, keep: Callable[[Any], Any], forget: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """New decay rates: ``keep`` of the first moment's, ``forget`` of the second one's."""
+    if "betas" in group:
+        first, *others = group["betas"]
+        return {"betas": (keep(first), *map(forget, others))}
+    return {"alpha": forget(group["alpha"])} if _decays(group) else {}
+
+
+def _sde(beta: Any, scale: float) -> Any:
+    """``1 - k (1 - beta)``, not below 0; a moment that is no average stays none."""
+    return max(0.0, 1 - scale * (1 - beta)) if beta > 0 else beta
+
+
+_RULES: dict[str, Callable[[], LRScaling]] = {
+    rule.name: rule for rule in (NoScaling, LinearScaling, SqrtScaling, AdaScale, AdamScale, SDEScaling)
 }
 
 # What "auto" means, by a part of the name of the optimizer's class or of a class that it inherits from.
 # First match wins; optimizers of other packages are found without importing these.
-_AUTO: tuple[tuple[tuple[str, ...], type[_Rule]], ...] = (
+_AUTO: tuple[tuple[tuple[str, ...], Callable[[], LRScaling]], ...] = (
     (("lbfgs",), NoScaling),  # sets its step length by line search
     (
         ("adam", "adagrad", "adadelta", "adafactor", "adabelief", "rmsprop", "rprop", "yogi", "lamb", "lion"),
@@ -163,23 +299,47 @@ _AUTO: tuple[tuple[tuple[str, ...], type[_Rule]], ...] = (
 )
 
 
-def resolve_lr_scaling(rule: str | LRScaling, optimizer: Optimizer | None = None) -> LRScaling:
+def resolve_lr_scaling(
+    rule: str | LRScaling, optimizer: Optimizer | None = None, policy: object | None = None
+) -> LRScaling:
     """Returns the rule meant by a name, or the rule itself.
+
+    A policy that sets the learning rate together with the batch size (it has an ``lr_factor``) goes with no rule:
+    ``"auto"`` is :class:`NoScaling` then. One in which the batch grows in place of a decay names what ``"auto"``
+    means for it (``auto_lr_scaling``).
 
     Args:
         rule: an object with ``factor``, or ``"none"``, ``"linear"``, ``"sqrt"``, ``"adascale"``,
-            ``"adamscale"`` or ``"auto"``. Auto picks by the optimizer: :class:`SqrtScaling` for Adam and
-            other adaptive ones, :class:`NoScaling` for LBFGS, :class:`AdaScale` for SGD and the rest.
+            ``"adamscale"``, ``"sde"`` or ``"auto"``. Auto picks by the policy, and otherwise by the optimizer:
+            :class:`SqrtScaling` for Adam and other adaptive ones, :class:`NoScaling` for LBFGS,
+            :class:`AdaScale` for SGD and the rest.
         optimizer: what ``"auto"`` looks at.
+        policy: what the rule has to go with.
 
     Raises:
-        ValueError: an unknown name, or ``"auto"`` without an optimizer.
+        ValueError: an unknown name, ``"auto"`` without an optimizer, or a rule beside a policy that sets the learning
+            rate itself.
         TypeError: neither a name nor a rule.
     """
+    owns_lr = hasattr(policy, "lr_factor")
     if rule == "auto":
+        if owns_lr:
+            return NoScaling()
+        if hasattr(policy, "auto_lr_scaling"):
+            return resolve_lr_scaling(policy.auto_lr_scaling)
         if optimizer is None:
             raise ValueError('lr_scaling="auto" picks by the optimizer: pass one, or name a rule.')
         return _auto_rule(optimizer)()
+    found = _found(rule)
+    if owns_lr and not isinstance(found, NoScaling):
+        raise ValueError(
+            f"policy={_name_of(policy)} sets the learning rate together with the batch size, and "
+            f'lr_scaling={_name_of(found)} would scale it once more: leave lr_scaling at "auto" or "none".'
+        )
+    return found
+
+
+def _found(rule: str | LRScaling) -> LRScaling:
     if isinstance(rule, str):
         if rule not in _RULES:
             known = ", ".join([*_RULES, "auto"])
@@ -190,30 +350,54 @@ def resolve_lr_scaling(rule: str | LRScaling, optimizer: Optimizer | None = None
     return rule
 
 
+def _name_of(thing: object) -> str:
+    return repr(getattr(thing, "name", type(thing).__name__))
+
+
+GroupValues = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""``group -> entries that it should have``."""
+
+
 @contextmanager
-def scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
-    """The learning rates times ``factor``, put back exactly however the block ends."""
-    if factor == 1.0:
-        yield
-        return
-    groups = [group for group in optimizer.param_groups if "lr" in group]
-    saved = [group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"] for group in groups]
-    for group in groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].mul_(factor)  # in place: a captured graph holds on to this tensor
-        else:
-            group["lr"] = group["lr"] * factor
+def scaled_lr(optimizer: Optimizer, factor: float, values: GroupValues | None = None) -> Iterator[None]:
+    """The learning rates times ``factor``, put back exactly however the block ends.
+
+    Args:
+        optimizer: whose parameter groups are meant; those without ``lr`` keep what they have instead of it.
+        factor: on each group's rate.
+        values: gives other entries of a group that are to hold inside the block.
+    """
+    changes = [(group, _changes(group, factor, values)) for group in optimizer.param_groups]
+    saved = [(group, name, _copy(group[name])) for group, change in changes for name in change]
+    for group, change in changes:
+        for name, value in change.items():
+            _set(group, name, value)
     try:
         yield
     finally:
-        for group, lr in zip(groups, saved, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].copy_(lr)
-            else:
-                group["lr"] = lr
+        for group, name, value in saved:
+            _set(group, name, value)
 
 
-def _auto_rule(optimizer: Optimizer) -> type[_Rule]:
+def _changes(group: Mapping[str, Any], factor: float, values: GroupValues | None) -> dict[str, Any]:
+    change = {} if values is None else dict(values(group))
+    if factor != 1.0 and "lr" in group:
+        change["lr"] = group["lr"] * factor
+    return change
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _set(group: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(group[name], Tensor):
+        group[name].copy_(value)  # in place: a captured graph holds on to this tensor
+    else:
+        group[name] = value
+
+
+def _auto_rule(optimizer: Optimizer) -> Callable[[], LRScaling]:
     names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
     return next(rule for parts, rule in _AUTO if any(part in name for part in parts for name in names))
 

@@ -43,7 +43,7 @@ class Measurement:
         batch_size: ``B``, samples of this update over all ranks and micro-batches.
         reference_batch_size: ``B0``, the size that the learning rate was tuned for.
         lr: the scheduled learning rate of the first parameter group, before scaling.
-        loss: mean loss of the update's samples.
+        loss: mean loss of the update's samples; for a policy, of all updates since it was last asked.
         seconds: wall time of the update, waiting for data included.
         peak_memory: most bytes in use during the update.
         part_sq_norms: ``[n]`` squared norms of the mean gradients of the update's ``n`` parts.
@@ -55,6 +55,11 @@ class Measurement:
         grad_sq_norm: ``|G|^2``, smoothed and unbiased.
         grad_variance: ``tr(Sigma)`` of one sample's gradient, smoothed and unbiased.
         interval: 95 % confidence interval of ``noise_scale``, in samples.
+        inner_product_variance: variance of ``<g_i, g_B>`` over the samples' gradients ``g_i``, averaged.
+        inner_product_sq_norm: ``|g_B|^2``, averaged over the same updates as ``inner_product_variance``.
+        measured_update: the newest update whose parts were measured, 0 before there is one.
+        measured_grad_sq_norm: unbiased estimate of ``|G|^2`` from that update alone; often negative.
+        measured_grad_variance: unbiased estimate of ``tr(Sigma)`` from that update alone.
         step_time: the model of an update's seconds as a function of its samples.
     """
 
@@ -76,4 +81,9 @@ class Measurement:
     grad_sq_norm: float = math.nan
     grad_variance: float = math.nan
     interval: tuple[float, float] = (math.nan, math.nan)
+    inner_product_variance: float = math.nan
+    inner_product_sq_norm: float = math.nan
+    measured_update: int = 0
+    measured_grad_sq_norm: float = math.nan
+    measured_grad_variance: float = math.nan
     step_time: StepTimeModel | None = None

@@ -24,7 +24,7 @@ from adaptive_batch.executor import BatchClosure, Executor, LossFn
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.iterable import Requests
 from adaptive_batch.layers import batch_dependent_layers, warn_of_splitting
-from adaptive_batch.lr_scaling import scaled_lr
+from adaptive_batch.lr_scaling import GroupValues, scaled_lr
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.memory import parse_budget, usable_memory
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
@@ -216,6 +216,7 @@ class _Trainer:
             limit = max(samples, reference)
             largest = limit if largest is None else min(largest, limit)
         controller.max_batch_size = largest
+        controller.check_optimizer(self.optimizer)
         return reference, controller.batch_size or reference
 
     def _start_fit(self, sampler: AdaptiveBatchSampler, samples: int | None) -> None:
@@ -255,9 +256,9 @@ class _Trainer:
         for batch in self._batches(loader):
             draw = sampler.draws[0]
             started = last_mark or mark(executor.device)
-            factor = self._factor(draw)
+            factor, values = self._scaling(self._counted(draw))
             closure = executor.closure(to_device(batch, executor.device), draw.size, measure=self._measures())
-            with scaled_lr(self.optimizer, factor):
+            with scaled_lr(self.optimizer, factor, values):
                 self.optimizer.step(closure)  # type: ignore[arg-type]  # tensors are welcome
             last_mark = mark(executor.device)
             sampler.draws.popleft()  # consumed only now, also for a state that is saved after an error
@@ -289,13 +290,20 @@ class _Trainer:
         for _ in due if self.scheduler is not None else ():
             self.scheduler.step()  # type: ignore[union-attr]
 
-    def _factor(self, draw: Draw) -> float:
+    def _counted(self, draw: Draw) -> int:
+        """Samples that a batch counts for in the learning rate."""
         controller = self._controller
-        if controller is None or controller.reference_batch_size is None:
-            return 1.0
-        if draw.size < draw.nominal:  # an epoch's tail counts for no less than the reference size would give
-            return controller.lr_factor(max(draw.size, min(draw.nominal, controller.reference_batch_size)))
-        return controller.lr_factor(draw.size)
+        if controller is not None and controller.reference_batch_size is not None and draw.size < draw.nominal:
+            # An epoch's tail counts for no less than the reference size would give.
+            return max(draw.size, min(draw.nominal, controller.reference_batch_size))
+        return draw.size
+
+    def _scaling(self, counted: int) -> tuple[float, GroupValues | None]:
+        """The factor on the learning rate, and what else is set in the parameter groups."""
+        if self._controller is None:
+            return 1.0, None
+        factor = self._controller.lr_factor(counted, float(self.optimizer.param_groups[0].get("lr", math.nan)))
+        return factor, self._controller.group_values(counted, factor)
 
     def _end_update(
         self, closure: BatchClosure, draw: Draw, factor: float, elapsed: Elapsed, sampler: AdaptiveBatchSampler
@@ -572,6 +580,7 @@ class MiniBatchTrainer(_Trainer):
             warn_of_splitting(model)
         self._controller = controller
         if controller is not None:
+            controller.record = self.history.measurements.append
             self._largest = controller.max_batch_size
             if batch_size is not None and controller.reference_batch_size not in (None, batch_size):
                 raise ValueError(

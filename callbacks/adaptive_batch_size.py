@@ -74,8 +74,9 @@ class AdaptiveBatchSize(CallbackBase):
         min_batch_size: smallest global batch size; ``None`` is the loader's own at the start, ``B0``.
         max_batch_size: largest; ``None`` is a tenth of the data set, at least ``B0`` (64 ``B0`` for data
             without a length).
-        lr_scaling: ``"auto"`` (by the optimizer), ``"none"``, ``"linear"``, ``"sqrt"``, ``"adascale"``,
-            ``"adamscale"``, or a rule of :mod:`adaptive_batch.lr_scaling`.
+        lr_scaling: ``"auto"`` (by policy and optimizer), ``"none"``, ``"linear"``, ``"sqrt"``, ``"adascale"``,
+            ``"adamscale"``, ``"sde"``, or a rule of :mod:`adaptive_batch.lr_scaling`. A policy that sets the learning
+            rate itself goes with ``"auto"`` and ``"none"`` only.
         schedule_clock: what schedulers that step per update advance with: ``"samples"`` (so that a schedule
             still ends with the run), ``"gain"`` (AdaScale's progress) or ``"updates"``.
         micro_batch_size: most samples per forward/backward pass. ``"auto"``: what the memory model says, halved
@@ -140,10 +141,15 @@ class AdaptiveBatchSize(CallbackBase):
         check_bounds(min_batch_size, max_batch_size)
         check_choice("schedule_clock", schedule_clock, _CLOCKS)
         check_function("batch_size_of", batch_size_of)
-        if lr_scaling != "auto":
-            resolve_lr_scaling(lr_scaling)
         self._noise = check_source(noise, ("micro_batches", "per_example", "probe"))
         self._policy = resolve_policy(policy)
+        if lr_scaling != "auto":
+            resolve_lr_scaling(lr_scaling, policy=self._policy)
+        if noise == "per_example" and "inner_products" in getattr(self._policy, "needs", ()):
+            raise ValueError(
+                'noise="per_example" knows the norms of the gradients, but no inner products, which the policy needs; '
+                'use noise="micro_batches" or "probe".'
+            )
         self._lr_scaling = lr_scaling
         self._bounds = (min_batch_size, max_batch_size)
         self._clock_name = schedule_clock
@@ -168,6 +174,7 @@ class AdaptiveBatchSize(CallbackBase):
             adjust_every=adjust_every,
             quantize=quantize,
         )
+        self._controller.record = self.history.measurements.append
         self._patches = Patches()
         self._loaded: Mapping[str, Any] | None = None  # a checkpoint's state, until the loop goes on from it
         self._updates = 0
@@ -255,8 +262,9 @@ class AdaptiveBatchSize(CallbackBase):
                 f"{len(trainer.optimizers)}; "
                 "combine them into one with several parameter groups."
             )
-        self._controller.lr_scaling = resolve_lr_scaling(self._lr_scaling, trainer.optimizers[0])
-        self._executor.on_fit_start()
+        self._controller.lr_scaling = resolve_lr_scaling(self._lr_scaling, trainer.optimizers[0], self._policy)
+        if "inner_products" not in getattr(self._policy, "needs", ()):  # which take parts
+            self._executor.on_fit_start()
         if self._manual and "noise" in self._controller.needs:
             warnings.warn(
                 "AdaptiveBatchSize cannot measure the gradient noise in manual optimization, where training_step makes "
@@ -416,6 +424,7 @@ class AdaptiveBatchSize(CallbackBase):
                 "from "
                 "train_dataloader."
             )
+        self._controller.check_optimizer(trainer.optimizers[0])
         self._books.sync()
         self._began = True
 
@@ -564,8 +573,11 @@ class AdaptiveBatchSize(CallbackBase):
         self._stepped = True
         self._counted = counted
         self._lr = float(optimizer.param_groups[0].get("lr", math.nan))
-        self._factor = 1.0 if self._dry_run else self._controller.lr_factor(counted)
-        with scaled_lr(optimizer, self._factor):
+        self._factor, values = 1.0, None
+        if not self._dry_run:
+            self._factor = self._controller.lr_factor(counted, self._lr)
+            values = self._controller.group_values(counted, self._factor)
+        with scaled_lr(optimizer, self._factor, values):
             return step()
 
     @property

@@ -12,18 +12,22 @@ from adaptive_batch.lr_scaling import (
     LinearScaling,
     LRScaling,
     NoScaling,
+    SDEScaling,
     SqrtScaling,
     gain,
     resolve_lr_scaling,
+    scaled_lr,
 )
+from adaptive_batch.policies import CABS, DontDecay, LossProportional, Max, OnlyGrow, Plateau, Policy, Seesaw
 
-RULES: list[LRScaling] = [NoScaling(), LinearScaling(), SqrtScaling(), AdaScale(), AdamScale()]
+RULES: list[LRScaling] = [NoScaling(), LinearScaling(), SqrtScaling(), AdaScale(), AdamScale(), SDEScaling()]
 NAMES: dict[str, type[Any]] = {
     "none": NoScaling,
     "linear": LinearScaling,
     "sqrt": SqrtScaling,
     "adascale": AdaScale,
     "adamscale": AdamScale,
+    "sde": SDEScaling,
 }
 
 
@@ -39,6 +43,7 @@ def rule_id(rule: LRScaling) -> str:
         (SqrtScaling(), math.sqrt(8)),
         (AdaScale(), 4.5),  # (1 + 256/32) / (1 + 256/256)
         (AdamScale(), math.sqrt(4.5)),
+        (SDEScaling(), math.sqrt(8)),
     ],
     ids=lambda value: rule_id(value) if not isinstance(value, float) else "",
 )
@@ -176,7 +181,7 @@ def test_auto_without_an_optimizer_is_refused():
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match=r"'cubic'.*none, linear, sqrt, adascale, adamscale, auto"):
+    with pytest.raises(ValueError, match=r"'cubic'.*none, linear, sqrt, adascale, adamscale, sde, auto"):
         resolve_lr_scaling("cubic")
 
 
@@ -184,3 +189,184 @@ def test_an_unknown_name_lists_the_known():
 def test_what_is_no_rule_is_refused(rule):
     with pytest.raises(TypeError, match="is not a rule"):
         resolve_lr_scaling(rule)
+
+
+# Options: what else follows the size
+
+
+def adam(**options: Any) -> torch.optim.Adam:
+    return torch.optim.Adam([torch.nn.Parameter(torch.zeros(2))], lr=0.1, **options)
+
+
+def adamw(**options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=0.1, **options)
+
+
+def values(rule: Any, optimizer: torch.optim.Optimizer, scale: float) -> dict[str, Any]:
+    factor = rule.factor(32 * scale, 32, 64.0)
+    changed: dict[str, Any] = rule.group_values(optimizer.param_groups[0], scale, factor)
+    return changed
+
+
+def test_sde_scales_betas_and_eps_with_the_size():
+    changed = values(SDEScaling(), adam(betas=(0.9, 0.999), eps=1e-8), 4.0)
+    assert changed["betas"] == pytest.approx((0.6, 0.996))
+    assert changed["eps"] == pytest.approx(5e-9)
+    assert set(changed) == {"betas", "eps"}
+
+
+def test_sde_below_the_reference_and_for_rmsprop():
+    changed = values(SDEScaling(), adam(), 0.25)
+    assert changed["betas"] == pytest.approx((0.975, 0.99975))
+    assert changed["eps"] == pytest.approx(2e-8)
+    rmsprop = torch.optim.RMSprop([torch.nn.Parameter(torch.zeros(2))], alpha=0.9)
+    assert values(SDEScaling(), rmsprop, 4.0) == {"alpha": pytest.approx(0.6), "eps": pytest.approx(5e-9)}
+
+
+def test_sde_does_not_leave_the_range_of_a_decay_rate():
+    assert values(SDEScaling(), adam(), 64.0)["betas"] == (0.0, pytest.approx(0.936))
+    assert values(SDEScaling(), adam(betas=(0.0, 0.9)), 4.0)["betas"] == (0.0, pytest.approx(0.6))
+
+
+def test_sde_refuses_a_maximum_beyond_its_range():
+    SDEScaling().check(adam(), 9.9)
+    SDEScaling(betas="half_life").check(adam(), 1000.0)
+    SDEScaling().check(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1), 1000.0)
+    with pytest.raises(ValueError, match=r"beta=0.9 to -0.6 .* 16 times .* below 10 times only"):
+        SDEScaling().check(adam(), 16.0)
+
+
+def test_half_life_keeps_what_the_second_moments_forget_per_sample():
+    # ALGORITHMS C: 0.9^8 = 0.430
+    for rule in (SqrtScaling(betas="half_life"), NoScaling(betas="half_life")):
+        assert values(rule, adam(betas=(0.9, 0.9)), 8.0) == {"betas": (0.9, pytest.approx(0.43046721))}
+    changed = values(SDEScaling(betas="half_life"), adam(), 64.0)
+    assert changed["betas"] == (0.9, pytest.approx(0.999**64))
+    rmsprop = torch.optim.RMSprop([torch.nn.Parameter(torch.zeros(2))], alpha=0.99)
+    assert values(LinearScaling(betas="half_life"), rmsprop, 2.0) == {"alpha": pytest.approx(0.9801)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "factor"),
+    [
+        (SqrtScaling(weight_decay="timescale"), 2.0),
+        (LinearScaling(weight_decay="timescale"), 1.0),
+        (NoScaling(weight_decay="timescale"), 4.0),
+    ],
+)
+def test_timescale_keeps_samples_over_rate_times_weight_decay(rule, factor):
+    assert values(rule, adamw(weight_decay=0.01), 4.0) == {"weight_decay": pytest.approx(0.01 * factor)}
+    lr, wd = 0.1 * rule.factor(128, 32), 0.01 * factor
+    assert 128 / (lr * wd) == pytest.approx(32 / (0.1 * 0.01))
+
+
+def test_timescale_leaves_a_decay_that_is_part_of_the_gradient_alone():
+    assert values(SqrtScaling(weight_decay="timescale"), adam(weight_decay=0.01), 4.0) == {}
+    assert values(SqrtScaling(weight_decay="timescale"), adamw(weight_decay=0.0), 4.0) == {}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=rule_id)
+def test_without_options_nothing_but_the_rate_changes(rule):
+    changed = values(rule, adamw(weight_decay=0.01), 4.0)
+    assert set(changed) == ({"betas", "eps"} if isinstance(rule, SDEScaling) else set())
+
+
+@pytest.mark.parametrize(
+    "options", [{"betas": "sde"}, {"weight_decay": "x"}, {"rewarm": -1}, {"rewarm": 1.5}, {"rewarm": True}]
+)
+def test_options_that_do_not_exist_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SqrtScaling(**options)
+
+
+# Applying it, and taking it off again
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_every_group_is_scaled_by_its_own_values_and_put_back_exactly(tensor):
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    lr: Any = torch.tensor(0.1) if tensor else 0.1
+    groups: list[dict[str, Any]] = [
+        {"params": parameters[:1]},
+        {"params": parameters[1:], "lr": 0.3, "betas": (0.8, 0.9)},
+    ]
+    optimizer = torch.optim.Adam(groups, lr=lr)
+    before = [dict(group) for group in optimizer.param_groups]
+    rule = SDEScaling()
+    with pytest.raises(RuntimeError), scaled_lr(optimizer, 2.0, lambda group: rule.group_values(group, 4.0, 2.0)):
+        assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.2, 0.6])
+        assert [group["betas"][0] for group in optimizer.param_groups] == pytest.approx([0.6, 0.2])
+        if tensor:
+            assert optimizer.param_groups[0]["lr"] is lr
+        raise RuntimeError
+    for group, old in zip(optimizer.param_groups, before, strict=True):
+        assert {name: value for name, value in group.items() if name != "params"} == {
+            name: value for name, value in old.items() if name != "params"
+        }
+
+
+def test_what_the_optimizer_changes_by_itself_stays_changed():
+    optimizer = adam()
+    optimizer.param_groups[0]["k"] = 3
+    with scaled_lr(optimizer, 2.0):
+        optimizer.param_groups[0]["k"] += 1
+    assert (optimizer.param_groups[0]["k"], optimizer.param_groups[0]["lr"]) == (4, 0.1)
+
+
+# Policies with a learning rate of their own
+
+
+@pytest.mark.parametrize("policy", [CABS(), DontDecay(), Seesaw(), OnlyGrow(CABS())])
+def test_a_policy_that_sets_the_rate_goes_with_no_rule(policy):
+    assert type(resolve_lr_scaling("auto", adam(), policy)) is NoScaling
+    assert type(resolve_lr_scaling("auto", None, policy)) is NoScaling
+    assert type(resolve_lr_scaling("none", None, policy)) is NoScaling
+    for rule in ("linear", "sde", AdaScale()):
+        with pytest.raises(ValueError, match=r"sets the learning rate together with the batch size.*\"auto\""):
+            resolve_lr_scaling(rule, adam(), policy)
+
+
+@pytest.mark.parametrize("policy", [Plateau(), LossProportional(), Max("constant", Plateau()), OnlyGrow("plateau")])
+def test_where_the_batch_grows_in_place_of_a_decay_auto_scales_nothing(policy: Policy):
+    assert type(resolve_lr_scaling("auto", adam(), policy)) is NoScaling
+    assert type(resolve_lr_scaling("linear", adam(), policy)) is LinearScaling
+    assert type(resolve_lr_scaling("auto", adam(), Max("constant"))) is SqrtScaling
+
+
+# Closed forms: linear regression with y = x w* + e, x ~ N(0, H), Var e = s2 (McCandlish et al. 2018, equations 2.6-2.8)
+
+
+def regression(curvatures: list[float], s2: float = 1.0) -> tuple[Any, Any, Any]:
+    h = torch.tensor(curvatures, dtype=torch.float64)
+    delta = torch.linspace(0.2, 0.6, len(h), dtype=torch.float64)
+    g = h * delta
+    sigma = torch.outer(g, g) + (delta @ g + s2) * torch.diag(h)
+    return h, g, sigma
+
+
+def decrease(lr: torch.Tensor, size: float, h: Any, g: Any, sigma: Any) -> torch.Tensor:
+    """Expected decrease of the loss in one update at rate ``lr``."""
+    curvature = g @ (h * g) + torch.trace(h[:, None] * sigma) / size
+    expected: torch.Tensor = lr * (g @ g) - lr**2 / 2 * curvature
+    return expected
+
+
+@pytest.mark.parametrize("size", [4, 32, 1024])
+def test_the_best_rate_of_a_quadratic_is_its_closed_form(size):
+    h, g, sigma = regression([0.2, 1.0, 3.0])
+    noise = torch.trace(h[:, None] * sigma) / (g @ (h * g))
+    best = (g @ g) / (g @ (h * g)) / (1 + noise / size)
+    rates = torch.linspace(0.5, 1.5, 2001, dtype=torch.float64) * best
+    found = rates[decrease(rates, size, h, g, sigma).argmax()]
+    assert float(found) == pytest.approx(float(best), rel=1e-3)
+    most = (g @ g) ** 2 / (2 * (g @ (h * g))) / (1 + noise / size)
+    assert float(decrease(best, size, h, g, sigma)) == pytest.approx(float(most), rel=1e-12)
+
+
+def test_adascale_is_the_ratio_of_the_best_rates_where_all_curvatures_are_alike():
+    h, g, sigma = regression([1.5, 1.5, 1.5, 1.5])
+    phi = float(torch.trace(sigma) / (g @ g))
+    best = [1 / (1 + phi / size) for size in (32, 200)]
+    noise = torch.trace(h[:, None] * sigma) / (g @ (h * g))
+    assert phi == pytest.approx(float(noise), rel=1e-12)
+    assert AdaScale().factor(200, 32, phi) == pytest.approx(best[1] / best[0], rel=1e-12)

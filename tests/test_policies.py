@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,28 @@ import pytest
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import (
+    CABS,
+    BigBatch,
+    Clamp,
     Constant,
+    CriticalBatchWarmup,
+    DontDecay,
     FunctionPolicy,
+    GeometricGrowth,
     Goodput,
+    GradientDiversity,
+    InnerProductTest,
+    LinearRamp,
+    LossProportional,
+    Max,
     Milestones,
+    Min,
     NoiseScale,
+    NormTest,
+    OnlyGrow,
+    Plateau,
+    Seesaw,
+    Sequential,
     is_measured,
     resolve_policy,
 )
@@ -252,19 +270,39 @@ def test_milestones_refuse_what_is_no_schedule(milestones, unit, message):
 # resolve_policy
 
 
-@pytest.mark.parametrize("policy", [Constant, Goodput, NoiseScale])
-def test_policies_by_name(policy):
+@pytest.mark.parametrize(
+    "policy",
+    [
+        BigBatch,
+        CABS,
+        Constant,
+        DontDecay,
+        GeometricGrowth,
+        Goodput,
+        GradientDiversity,
+        InnerProductTest,
+        LossProportional,
+        NoiseScale,
+        NormTest,
+        Plateau,
+        Seesaw,
+    ],
+)
+def test_policies_by_name(policy: Any):
+    assert policy.name == re.sub(r"(?<=[a-z])(?=[A-Z])", "_", policy.__name__).lower()
     assert type(resolve_policy(policy.name)) is policy
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match=r"'goodputs'.*constant, goodput, noise_scale"):
+    with pytest.raises(ValueError, match=r"'goodputs'.*constant, .*goodput, .*sequential"):
         resolve_policy("goodputs")
 
 
-def test_a_name_without_its_arguments_says_what_to_pass():
-    with pytest.raises(ValueError, match=r"Milestones\(\.\.\.\)"):
-        resolve_policy("milestones")
+@pytest.mark.parametrize("policy", [Clamp, CriticalBatchWarmup, LinearRamp, Max, Milestones, Min, OnlyGrow, Sequential])
+def test_a_name_without_its_arguments_says_what_to_pass(policy):
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", policy.__name__).lower()
+    with pytest.raises(ValueError, match=rf"'{name}' needs arguments: pass {policy.__name__}\(\.\.\.\)"):
+        resolve_policy(name)
 
 
 def test_an_object_with_propose_is_taken_as_it_is():
@@ -305,7 +343,7 @@ def test_a_policy_that_needs_an_unknown_statistic_is_refused():
         def propose(self, measurement: Measurement) -> float:
             return 7.0
 
-    with pytest.raises(ValueError, match=r"weather.*noise and step_time"):
+    with pytest.raises(ValueError, match=r"weather.*noise, variance, inner_products and step_time"):
         resolve_policy(Mine())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from adaptive_batch.noise.adam_moments import AdamMomentsSource
 from adaptive_batch.noise.estimators import harmonic_mean, two_batch_estimate
+from adaptive_batch.noise.inner_products import InnerProducts, inner_product_variance
 from adaptive_batch.noise.intervals import (
     effective_count,
     fieller_interval,
@@ -32,6 +33,7 @@ __all__ = [
     "Batches",
     "DifferencedSource",
     "GradientNoiseScale",
+    "InnerProducts",
     "MicroBatchSource",
     "NoiseSample",
     "NoiseSource",
@@ -44,6 +46,7 @@ __all__ = [
     "equivalent_sample",
     "fieller_interval",
     "harmonic_mean",
+    "inner_product_variance",
     "jackknife_influence",
     "ranks_sample",
     "student_t_quantile",

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from adaptive_batch.measurement import Measurement
-
-_POSITION: dict[str, Callable[[Measurement], int]] = {
-    "epochs": lambda measurement: measurement.epoch,
-    "updates": lambda measurement: measurement.update,
-    "samples": lambda measurement: measurement.samples,
-}
+from adaptive_batch.policies._position import check_start, check_unit, position
 
 
 class Milestones:
@@ -40,28 +34,23 @@ class Milestones:
     needs: frozenset[str] = frozenset()
 
     def __init__(self, milestones: Mapping[int, int] | Mapping[float, int], *, unit: str = "epochs") -> None:
-        if unit not in _POSITION:
-            raise ValueError(f"unit={unit!r} is not a unit of milestones: use one of {', '.join(_POSITION)}.")
+        self.unit = check_unit(unit, "milestones")
         if not milestones:
             raise ValueError("milestones is empty: give at least one position and its batch size.")
-        for position, size in milestones.items():
-            if not 0 <= position < math.inf:
-                raise ValueError(f"milestones has the position {position}: pass a finite number from 0 on.")
-            if unit == "epochs" and position != int(position):
-                raise ValueError(f'milestones has the epoch {position}: use whole epochs, or unit="samples" for less.')
+        for start, size in milestones.items():
+            check_start(start, unit, "milestones")
             if not size >= 1:
-                raise ValueError(f"milestones has the size {size} at {position}: pass at least 1 sample.")
+                raise ValueError(f"milestones has the size {size} at {start}: pass at least 1 sample.")
         self.milestones = dict(sorted(milestones.items()))
-        self.unit = unit
 
     def propose(self, measurement: Measurement) -> float:
         """Returns the size of the last milestone reached."""
-        position = _POSITION[self.unit](measurement)
-        reached = [size for start, size in self.milestones.items() if start <= position]
+        now = position(measurement, self.unit)
+        reached = [size for start, size in self.milestones.items() if start <= now]
         return float(reached[-1] if reached else measurement.reference_batch_size)
 
     def reason(self, measurement: Measurement, batch_size: int) -> str:
         """Says where in the schedule the run is, such as "milestone at 5 epochs"."""
-        position = _POSITION[self.unit](measurement)
-        reached = [start for start in self.milestones if start <= position]
+        now = position(measurement, self.unit)
+        reached = [start for start in self.milestones if start <= now]
         return f"milestone at {reached[-1]:g} {self.unit}" if reached else "before the first milestone"

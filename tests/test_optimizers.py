@@ -1,0 +1,252 @@
+"""Optimizers that people use: each update at the rate of its own size, and everything put back afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning_problems import Classifier, fit, loader
+from torch import Tensor, nn
+
+from adaptive_batch import BatchSizeController, MiniBatchTrainer
+from adaptive_batch.callbacks import AdaptiveBatchSize
+from adaptive_batch.lr_scaling import LinearScaling, NoScaling, SDEScaling, SqrtScaling
+from adaptive_batch.measurement import Measurement
+from adaptive_batch.policies import CABS, Constant, DontDecay, LinearRamp, Milestones
+
+
+class Lion(torch.optim.Optimizer):
+    """As found outside torch: its own loop over ``param_groups``."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                moment = self.state[p].setdefault("moment", torch.zeros_like(p))
+                p -= group["lr"] * (first * moment + (1 - first) * p.grad).sign()
+                moment.mul_(second).add_(p.grad, alpha=1 - second)
+        return loss
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD whose weights are an average weighted by the squared rate, with modes for training and evaluation."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_sum": 0.0, "train_mode": True})
+
+    def train(self) -> None:
+        self._swap(True)
+
+    def eval(self) -> None:
+        self._swap(False)
+
+    @torch.no_grad()
+    def _swap(self, mode: bool) -> None:
+        for group in self.param_groups:
+            if group["train_mode"] != mode:
+                for p in group["params"]:
+                    if "other" in self.state[p]:
+                        mine = p.clone()
+                        p.copy_(self.state[p]["other"])
+                        self.state[p]["other"] = mine
+                group["train_mode"] = mode
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weight = group["lr"] ** 2
+            group["weight_sum"] += weight
+            for p in group["params"]:
+                p -= group["lr"] * p.grad
+                mean = self.state[p].setdefault("other", p.clone())
+                mean.lerp_(p, weight / group["weight_sum"])
+        return loss
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adam_foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
+    "adam_tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "lion": lambda p: Lion(p, lr=0.01),
+    "schedule_free": lambda p: ScheduleFree(p, lr=0.05),
+}
+
+SIZES = [8, 8, 32, 32, 4]  # the last one is an epoch's tail, and counts for the reference of 8
+
+
+def problem() -> tuple[nn.Module, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(SIZES), 5, generator=generator)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / 3)
+    return model, x, x.sum(1, keepdim=True)
+
+
+def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [
+        {name: copy.deepcopy(value) for name, value in group.items() if name not in ("params", "weight_sum")}
+        for group in optimizer.param_groups
+    ]
+
+
+def by_hand(make: Callable[[Any], torch.optim.Optimizer], rule: Any) -> list[Tensor]:
+    """The same updates, each with an lr that is written into the optimizer beforehand."""
+    model, x, y = problem()
+    optimizer = make(model.parameters())
+    position = 0
+    base = options_of(optimizer)
+    for size in SIZES:
+        rows = slice(position, position + size)
+        position += size
+        scale = max(size, 8) / 8
+        for group, old in zip(optimizer.param_groups, base, strict=True):
+            factor = rule.factor(8 * scale, 8)
+            group["lr"] = old["lr"] * factor
+            if isinstance(rule, SDEScaling) and "betas" in old and "eps" in old:
+                group["betas"] = tuple(1 - scale * (1 - beta) for beta in old["betas"])
+                group["eps"] = old["eps"] / scale**0.5
+            elif isinstance(rule, SDEScaling) and "alpha" in old:
+                group["alpha"], group["eps"] = 1 - scale * (1 - old["alpha"]), old["eps"] / scale**0.5
+            elif isinstance(rule, SDEScaling) and "betas" in old:
+                group["betas"] = tuple(1 - scale * (1 - beta) for beta in old["betas"])
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("rule", [LinearScaling(), SqrtScaling(), SDEScaling()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_update_has_the_rate_of_its_own_size_and_leaves_the_optimizer_as_it_was(name, rule):
+    model, x, y = problem()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    before = options_of(optimizer)
+    rates = before[0]["lr"]
+    controller = BatchSizeController(
+        Milestones({2: 32}, unit="updates"), lr_scaling=rule, adjust_every=1, max_batch_size=32
+    )
+    trainer = MiniBatchTrainer(
+        model, nn.functional.mse_loss, optimizer, batch_size=8, controller=controller, progress=False
+    )
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+    history = trainer.fit(data)
+    assert history.column("batch_size") == SIZES
+    assert options_of(optimizer) == before
+    assert optimizer.param_groups[0]["lr"] == rates
+    for p, expected in zip(model.parameters(), by_hand(OPTIMIZERS[name], rule), strict=True):
+        assert torch.equal(p, expected)
+
+
+def test_a_schedule_free_optimizer_weighs_its_average_by_the_rate_that_was_used():
+    model, x, y = problem()
+    optimizer = ScheduleFree(model.parameters(), lr=0.05)
+    controller = BatchSizeController(Milestones({2: 32}, unit="updates"), lr_scaling="linear", adjust_every=1)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+    MiniBatchTrainer(model, nn.functional.mse_loss, optimizer, batch_size=8, controller=controller, progress=False).fit(
+        data
+    )
+    assert optimizer.param_groups[0]["weight_sum"] == pytest.approx(0.05**2 * (1 + 1 + 16 + 16 + 1))
+    trained = [p.detach().clone() for p in model.parameters()]
+    optimizer.eval()
+    assert not torch.equal(trained[0], next(model.parameters()))
+    optimizer.train()
+    assert torch.equal(trained[0], next(model.parameters()))
+
+
+def test_lbfgs_is_not_scaled():
+    class Searching(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.5, max_iter=3, line_search_fn="strong_wolfe")
+
+    model = Searching(dropout=0.0)
+    callback = AdaptiveBatchSize(Milestones({2: 48}, unit="updates"), adjust_every=1, max_batch_size=64)
+    fit(model, loader(), [callback], max_epochs=1)
+    assert isinstance(callback.controller.lr_scaling, NoScaling)
+    assert set(callback.history.column("lr_scale")) == {1.0}
+    assert 48 in model.sizes
+    assert torch.isfinite(torch.tensor(model.loss_trace)).all()
+
+
+# The start of a fit
+
+
+def test_sde_is_refused_at_the_start_of_a_fit_whose_maximum_leaves_its_range():
+    model = Classifier(optimizer="adam")
+    with pytest.raises(ValueError, match=r"beta=0.9 to -0.25 .* 12.5 times"):
+        fit(model, loader(), [AdaptiveBatchSize("constant", lr_scaling="sde", max_batch_size=200)])
+    assert model.sizes == []
+    optimizer = torch.optim.Adam(model.parameters())
+    controller = BatchSizeController(Constant(), lr_scaling="sde", max_batch_size=200)
+    trainer = MiniBatchTrainer(model.net, nn.functional.cross_entropy, optimizer, batch_size=4, controller=controller)
+    with pytest.raises(ValueError, match="50 times"):
+        trainer.fit((torch.zeros(300, 8), torch.zeros(300, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("policy", [CABS(), DontDecay(), "seesaw"])
+@pytest.mark.parametrize("rule", ["linear", "adascale", SqrtScaling()])
+def test_a_rule_beside_a_policy_that_sets_the_rate_is_refused_at_construction(policy, rule):
+    for make in (AdaptiveBatchSize, BatchSizeController):
+        with pytest.raises(ValueError, match="sets the learning rate together with the batch size"):
+            make(policy, lr_scaling=rule)
+
+
+def test_inner_products_are_refused_where_only_norms_are_known():
+    with pytest.raises(ValueError, match="no inner products"):
+        AdaptiveBatchSize("inner_product_test", noise="per_example")
+
+
+# Re-warm-up
+
+
+def test_after_growth_the_rate_rises_to_that_of_the_new_size():
+    controller = BatchSizeController(
+        LinearRamp(None, 64, over=1), lr_scaling=LinearScaling(rewarm=4), adjust_every=1, reference_batch_size=16
+    )
+
+    assert controller.lr_factor(16) == 1.0
+    controller.observe(Measurement(update=1, samples=16, batch_size=16, reference_batch_size=16))
+    assert controller.batch_size == 64
+    factors = []
+    for update in range(2, 8):
+        assert controller.lr_factor(16) == 1.0  # fetched before the change
+        assert controller.lr_factor(8) == 0.5  # and a smaller one is never held up
+        factors.append(controller.lr_factor(64))
+        controller.observe(Measurement(update=update, samples=64 * update, batch_size=64, reference_batch_size=16))
+    assert factors == pytest.approx([1.6, 2.2, 2.8, 3.4, 4.0, 4.0])
+
+
+def test_a_smaller_size_has_its_rate_at_once():
+
+    controller = BatchSizeController(
+        LinearRamp(None, 4, over=1),
+        lr_scaling=SqrtScaling(rewarm=10),
+        adjust_every=1,
+        reference_batch_size=16,
+        min_batch_size=1,
+    )
+    controller.observe(Measurement(update=1, samples=16, batch_size=16, reference_batch_size=16))
+    assert controller.lr_factor(4) == 0.5
