@@ -36,11 +36,10 @@ NOISE_MEMORY_FRACTIONS = (1 / 16, 1 / 4)
 noise scale moves on the scale of the run's own age, often by orders of magnitude at its start: the shorter
 average leaves that behind the sooner, the longer one identifies what the shorter one cannot."""
 
-
-IDENTIFIED_AT = 0.9
+IDENTIFIED_AT = 0.95
 """Confidence at which ``|G|^2`` differs from zero before the policy is given a noise scale. A scale that is found too
 early is too small, so the mistake costs speed and no samples; and each change still has to be right at the
-pessimistic end of the 95 % interval."""
+pessimistic end of the interval."""
 
 _FROM_PARTS = frozenset({"noise", "variance", "inner_products"})
 """Statistics that one measurement of an update's parts gives together."""
