@@ -89,10 +89,10 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
+        self.weights: tuple[int, ...] | None = None
         self.batch_size = batch_size
         self.draws: deque[Draw] = deque()
         self.sample_limit: int | None = None
-        self.weights: tuple[int, ...] | None = None
         self._epoch: Epoch | None = None  # the one that draws and len() speak of
         self._resume: dict[str, Any] | None = None  # a loaded state that the next draw continues
         self._queued = 0  # draws of this epoch that went into the queue, popped or not
