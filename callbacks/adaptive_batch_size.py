@@ -869,6 +869,8 @@ class AdaptiveBatchSize(CallbackBase):
         self._go_on_in_window(state, whole=same_ranks and trainer.world_size == 1)
         if self._batches_popped and not state["inside_batch"]:
             _lightning.finish_batch(trainer, validate=state["validation_follows"])
+            if _lightning.epoch_ends(trainer):
+                self._run_state.results.place()
         self._books.go_on(state["books"])
 
     def _go_on_in_window(self, state: Mapping[str, Any], *, whole: bool) -> None:

@@ -143,7 +143,7 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     callback = AdaptiveBatchSize(
         POLICIES[options["policy"]](), min_batch_size=4, max_batch_size=options.get("max_batch_size", 48),
         adjust_every=options.get("adjust_every", 3), micro_batch_size=None, verbose=False,
-        quantize=False if options["policy"] == "noise" else None,
+        lr_scaling=options.get("lr_scaling", "auto"), quantize=False if options["policy"] == "noise" else None,
     )  # fmt: skip
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=options.get("save_every", 4), save_top_k=-1)
     writer = Trace(folder, options.get("stop_after"), options.get("pause", 0.0))

@@ -19,7 +19,14 @@ from runs import trace
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 300  # a hang is a failure
 SAMPLES = 203
-BASE: dict[str, Any] = {"samples": SAMPLES, "policy": "function", "epochs": 2, "dropout": 0.0, "save_every": 3}
+BASE: dict[str, Any] = {
+    "samples": SAMPLES,
+    "policy": "function",
+    "epochs": 2,
+    "dropout": 0.0,
+    "save_every": 3,
+    "lr_scaling": "linear",
+}
 STOPPED_AT = 8  # two updates after the checkpoint, in the middle of the first epoch
 
 
