@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from workloads import WORKLOADS, Rows, Workload, as_it_is
 
 from adaptive_batch.callbacks import AdaptiveBatchSize
+from adaptive_batch.policies import GeometricGrowth, LinearRamp
 
 START = 32
 
@@ -130,11 +131,20 @@ def tuned(**arguments: Any) -> Callable[[], AdaptiveBatchSize]:
 
 ADAPTIVE: dict[str, Callable[[], AdaptiveBatchSize]] = {
     "default": tuned(),
-    "goodput linear": tuned(lr_scaling="linear"),
-    "goodput sqrt": tuned(lr_scaling="sqrt"),
-    "goodput adascale": tuned(lr_scaling="adascale"),
-    "noise_scale": tuned(policy="noise_scale"),
+    **{f"goodput, {rule}": tuned(lr_scaling=rule) for rule in ("linear", "sqrt", "adascale", "adamscale", "none")},
+    "goodput, by parts": tuned(noise="micro_batches"),
 }
+POLICIES: dict[str, Callable[[], AdaptiveBatchSize]] = {
+    **{
+        name: tuned(policy=name)
+        for name in (
+            "noise_scale", "norm_test", "inner_product_test", "big_batch", "cabs", "gradient_diversity",
+            "loss_proportional",
+        )
+    },
+    "linear_ramp": tuned(policy=LinearRamp(32, 512, 100_000)),
+    "geometric_growth": tuned(policy=GeometricGrowth(2.0, every=20_000, unit="samples")),
+}  # fmt: skip
 
 
 def run(name: str, workload: Workload, data: Any, seed: int) -> dict[str, Any]:
@@ -143,7 +153,7 @@ def run(name: str, workload: Workload, data: Any, seed: int) -> dict[str, Any]:
     if name == "decay":
         size, lr, horizon = workload.decay
         return train(workload, data, seed, batch_size=size, lr=lr, horizon=horizon)
-    return train(workload, data, seed, adaptive=ADAPTIVE[name]())
+    return train(workload, data, seed, adaptive={**ADAPTIVE, **POLICIES}[name]())
 
 
 def best_size(workload: Workload, results: list[dict[str, Any]]) -> int:
@@ -186,7 +196,7 @@ def table(results: list[dict[str, Any]]) -> None:
 
 
 def wanted(arguments: argparse.Namespace, workload: Workload) -> Iterable[str]:
-    return arguments.variants or [*(f"fixed {size}" for size in workload.rates), "decay", *ADAPTIVE]
+    return arguments.variants or [*(f"fixed {size}" for size in workload.rates), "decay", *ADAPTIVE, *POLICIES]
 
 
 def main() -> None:
