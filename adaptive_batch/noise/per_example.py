@@ -19,6 +19,13 @@ CHUNK_ELEMENTS = 2**24
 """Most elements of an intermediate result; more examples are taken one chunk after another."""
 
 
+MOST_EXAMPLES = 128
+MOST_DEAR_EXAMPLES = 16
+"""Examples of a batch that are measured, the lesser number in models with layers that see an example at several
+positions, where each costs about as much as its weight gradient. They identify ``tr(Sigma)``; what is known of
+``|G|^2`` comes from the squared norms of whole batches, which cost next to nothing."""
+
+
 class Unmeasurable(ValueError):
     """A model or a batch whose per-example norms the hooks cannot give; the message names what and why."""
 
@@ -168,12 +175,18 @@ def _chunks(elements_per_example: int, *tensors: Tensor) -> Iterable[Sequence[Te
     return zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
 
 
+def _sq_norm(rows: Tensor) -> Tensor:
+    """Of the last dimension, in float32 at least."""
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return norm.square()
+
+
 def _outer_sq_norms(use: _Outer) -> Tensor:
     """``[B]`` of ``|sum_t left_t right_t'|^2``, by inner products or by the sum, whichever is cheaper."""
     _, groups, length, q = use.left.shape
     p = use.right.shape[-1]
     if length == 1:
-        return (_full(use.left).square().sum(-1) * _full(use.right).square().sum(-1)).sum((1, 2))
+        return (_sq_norm(use.left) * _sq_norm(use.right)).sum((1, 2))
     gram = length * (p + q) < p * q
     norms = []
     for left, right in _chunks(groups * (length**2 if gram else p * q), *use):
@@ -209,6 +222,10 @@ def _cross_terms(outer: _Outer, rows: _Rows) -> Tensor:
     return torch.cat(terms)
 
 
+def _joined(pieces: Sequence[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim)
+
+
 class _Gradient:
     """The per-example gradients of one parameter, in factors: all its uses in one backward pass."""
 
@@ -216,8 +233,8 @@ class _Gradient:
         outer = [use for use in uses if isinstance(use, _Outer)]
         rows = [use for use in uses if isinstance(use, _Rows)]
         direct = [use.gradient for use in uses if isinstance(use, _Direct)]
-        self._outer = _Outer(*(torch.cat(part, 2) for part in zip(*outer, strict=True))) if outer else None
-        self._rows = _Rows(*(torch.cat(part, 1) for part in zip(*rows, strict=True))) if rows else None
+        self._outer = _Outer(*(_joined(part, 2) for part in zip(*outer, strict=True))) if outer else None
+        self._rows = _Rows(*(_joined(part, 1) for part in zip(*rows, strict=True))) if rows else None
         self._direct = torch.stack(direct).sum(0) if direct else None
         if direct and (outer or rows):
             raise ValueError("one weight is used by layers of different kinds")
@@ -225,10 +242,15 @@ class _Gradient:
             raise ValueError("one weight is used by layers of different kinds")
         self._shape = parameter.shape
 
+    @property
+    def is_cheap(self) -> bool:
+        """Whether each example is seen at one position."""
+        return self._rows is None and (self._outer is None or self._outer.left.shape[2] == 1)
+
     def sq_norms(self) -> Tensor:
         """``[B]`` squared norms."""
         if self._direct is not None:
-            return self._direct.flatten(1).square().sum(1)
+            return _sq_norm(self._direct.flatten(1))
         terms = []
         if self._outer is not None:
             terms.append(_outer_sq_norms(self._outer))
@@ -286,6 +308,9 @@ class PerExampleNorms:
     Under ``torch.compile`` module hooks may be left out of the compiled graph, which is refused in the same
     way.
 
+    From the second measured batch on the first 128 examples of each batch are measured, the first 16 where layers see
+    an example at several positions, as convolutions do and linear layers on sequences.
+
     Use as a context around the passes of one update and call :meth:`end_part` after each, as with
     ``PartNorms``.
 
@@ -322,6 +347,7 @@ class PerExampleNorms:
             raise Unmeasurable('no layer has parameters to take per-example norms of; use noise="probe".')
         self._handles: list[RemovableHandle] = []
         self._verified: set[int] = set()
+        self._cheap: set[int] = set()
         self._forget()
 
     def _forget(self) -> None:
@@ -329,6 +355,9 @@ class PerExampleNorms:
         self._terms: dict[int, Tensor] = {}
         self._problem: str | None = None
         self._tolerance = 1e-4
+        # Not before each parameter's gradient was compared with the sum over all examples.
+        dear = self._verified - self._cheap if len(self._verified) == len(self.parameters) else None
+        self._examples = None if dear is None else MOST_DEAR_EXAMPLES if dear else MOST_EXAMPLES
 
     def __enter__(self) -> PerExampleNorms:
         self.sq_norms: list[Tensor] = []
@@ -362,7 +391,7 @@ class PerExampleNorms:
             return
         if d.dtype in _HALF:
             self._tolerance = 3e-2
-        uses = rule(layer, a, d)
+        uses = rule(layer, a[: self._examples], d[: self._examples])
         for name, parameter in layer.named_parameters(recurse=False):
             if parameter.requires_grad:
                 self._uses.setdefault(id(parameter), []).append(uses[name]())
@@ -385,6 +414,8 @@ class PerExampleNorms:
                 raise ValueError(
                     "its examples' gradients do not add up to its gradient; is it used outside of its layer?"
                 )
+            if combined.is_cheap:
+                self._cheap.add(id(parameter))
             self._terms[id(parameter)] = combined.sq_norms()
         except (ValueError, RuntimeError, IndexError) as error:
             self._problem = f"{self._names[id(parameter)]}: {error}"
@@ -401,9 +432,10 @@ class PerExampleNorms:
             Unmeasurable: if the hooks did not see what they have to see; nothing of this batch is kept.
         """
         found, problem = self._terms, self._problem
+        measured = size if self._examples is None else min(size, self._examples)
         self._forget()
         for key, term in found.items():
-            if len(term) != size:
+            if len(term) != measured:
                 problem = f"{self._names[key]}: its layer saw {len(term)} rows where the batch has {size} samples"
         if problem is not None:
             raise Unmeasurable(f'per-example norms failed at {problem}; use noise="probe" or noise="micro_batches".')
@@ -415,5 +447,5 @@ class PerExampleNorms:
 
     @property
     def mean_sq_norm(self) -> Tensor:
-        """Mean over all examples of the update, of which part norms of one sample each would be the list."""
+        """Mean over the measured examples of the update, of which part norms of one sample each would be the list."""
         return torch.cat(self.sq_norms).mean()
