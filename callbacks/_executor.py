@@ -66,7 +66,8 @@ class UpdateExecutor:
         self_check: whether to compare the gradients of the first batch, split and unsplit.
         noise: where the noise is measured: ``"micro_batches"`` splits updates, ``"probe"`` makes passes of its
             own, ``"per_example"`` uses hooks on the layers; both change nothing. ``"auto"`` uses the hooks where
-            they know all layers, and splits otherwise; several ranks are parts already.
+            they know all layers and each sees an example at one position, so that they cost next to nothing, and
+            splits otherwise; several ranks are parts already.
         probes: whether ``"auto"`` probes instead of splitting. A model with layers that look across the batch is
             never split for the noise.
     """
@@ -130,7 +131,7 @@ class UpdateExecutor:
         return self._memory.peak
 
     def on_fit_start(self) -> None:
-        """The optimizer is known: if nothing else was asked for, take norms by example where that is possible."""
+        """The optimizer is known: if nothing else was asked for, take norms by example where that may be cheap."""
         if not self._automatic or self._across_batch or self.ranks > 1 or self._sharded or is_compiled(self._module):
             return
         try:
@@ -389,7 +390,8 @@ class UpdateExecutor:
         except Unmeasurable as error:
             if not self._automatic:
                 raise
-            self._noise, self._examples, self._measure = self._without_examples, None, False
+            self._measure_without_examples()
+            self._measure = False
             what = str(error).split("; use", maxsplit=1)[0]
             self.failures.append(f"the gradient noise is measured by the parts of updates from here on: {what}")
 
@@ -397,6 +399,9 @@ class UpdateExecutor:
         if self._sharded:
             return ShardedNorms(self._trainer, self._parameters(), self._parts_over_ranks())
         return self._examples or PartNorms(self._parameters())
+
+    def _measure_without_examples(self) -> None:
+        self._noise, self._examples = self._without_examples, None
 
     @property
     def _taps(self) -> bool:
@@ -499,6 +504,8 @@ class UpdateExecutor:
             self.sq_norm = total / factor**2
             if self._examples is not None and self.part_sq_norms:
                 self._keep_examples()
+                if self._automatic and self._examples.is_dear:
+                    self._measure_without_examples()
         if self._sharded and not self._trainer.is_global_zero:
             self.part_sq_norms, self.part_sizes = [], []  # every rank knows them all: one reports them
 

@@ -89,9 +89,9 @@ class AdaptiveBatchSize(CallbackBase):
         quantize: ``True`` or ``False`` forces or forbids quantised sizes and hysteresis; ``None`` goes by the policy.
         noise: where the noise is measured: ``"micro_batches"`` splits an update in two now and then,
             ``"per_example"`` takes norms by hooks on the layers and ``"probe"`` makes passes of its own, which
-            change nothing in the run; ``"auto"`` takes norms by example where all layers are known to it (Linear,
-            Conv, Embedding, norms), splits where they are not, and probes where layers look across the batch. See
-            ``adaptive_batch.noise.SOURCES``.
+            change nothing in the run; ``"auto"`` takes norms by example where that costs next to nothing (networks
+            of linear layers and norms that see an example at one position), splits elsewhere, and probes where layers
+            look across the batch. See ``adaptive_batch.noise.SOURCES``.
         loss_reduction: whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` over its samples.
         weight_fn: ``(micro_batch, batch) -> weight`` of a part's loss, for a mean over something else.
         batch_size_of: ``batch -> samples`` of this rank, where the loader's count of them is not the one that the

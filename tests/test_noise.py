@@ -577,3 +577,68 @@ def test_confidence_must_be_a_probability(confidence: float) -> None:
 def test_degrees_of_freedom_must_be_at_least_one() -> None:
     with pytest.raises(ValueError, match=r"dof=0\.5"):
         student_t_quantile(0.95, 0.5)
+
+
+# ------------------------------------------------------------------------- updates whose parts are not measured
+
+
+def feed_some(scale: GradientNoiseScale, norms: Norms, sizes: Sequence[int], every: int) -> GradientNoiseScale:
+    """The parts of each ``every``-th update, of the others the norm."""
+    for k, (parts, whole) in enumerate(zip(norms[0].tolist(), norms[1].tolist(), strict=True)):
+        if k % every == every - 1:
+            scale.update(parts, sizes, whole)
+        else:
+            scale.update_norm(whole, sum(sizes))
+    return scale
+
+
+@pytest.mark.parametrize("problem", [Regression, NoisyQuadratic])
+@pytest.mark.parametrize("sizes", [EIGHTS, [1] * 32], ids=["eights", "examples"])
+def test_averages_with_norms_of_unmeasured_updates_are_unbiased(problem: Problem, sizes: list[int]) -> None:
+    rng = np.random.default_rng(31)
+    scales = [feed_some(GradientNoiseScale(memory=FOREVER), problem.draw(rng, 40, sizes), sizes, 8) for _ in range(400)]
+    assert standard_errors_off(np.array([scale.grad_sq_norm for scale in scales]), problem.grad_sq_norm) < 3
+    assert standard_errors_off(np.array([scale.grad_variance for scale in scales]), problem.grad_variance) < 3
+
+
+@pytest.mark.parametrize("sizes", [EIGHTS, [1] * 32], ids=["eights", "examples"])
+def test_intervals_with_norms_of_unmeasured_updates_cover_the_truth(sizes: list[int]) -> None:
+    rng, truth = np.random.default_rng(32), NoisyQuadratic.grad_variance / NoisyQuadratic.grad_sq_norm
+    hits = []
+    for _ in range(600):
+        norms = NoisyQuadratic.draw(rng, 320, sizes)
+        low, high = feed_some(GradientNoiseScale(memory=FOREVER), norms, sizes, 8).interval(0.95)
+        hits.append(low <= truth <= high)
+    assert 0.93 <= np.mean(hits) <= 0.97
+
+
+def test_norms_of_all_updates_identify_what_the_measured_ones_alone_do_not() -> None:
+    """At ``phi = 20 B``, with the norms of single examples in each eighth of 800 updates."""
+    theta = math.sqrt(NoisyQuadratic.grad_variance / (20 * 32) / float((NoisyQuadratic.h**2).sum()))
+    sizes, rng = [1] * 32, np.random.default_rng(33)
+    with_norms, without = 0, 0
+    for _ in range(20):
+        norms = NoisyQuadratic.draw(rng, 800, sizes, theta)
+        with_norms += feed_some(GradientNoiseScale(memory=FOREVER), norms, sizes, 8).identified
+        without += feed(GradientNoiseScale(memory=FOREVER), (norms[0][::8], norms[1][::8]), sizes).identified
+    assert with_norms > 2 * without and with_norms > 10
+
+
+def test_the_norm_of_an_unmeasured_update_must_be_finite_and_have_a_size() -> None:
+    scale = GradientNoiseScale()
+    scale.update_norm(math.nan, 8)
+    assert scale.state_dict() == GradientNoiseScale().state_dict()
+    with pytest.raises(ValueError, match="an update of 0 samples cannot be measured"):
+        scale.update_norm(1.0, 0)
+
+
+def test_norms_alone_say_nothing() -> None:
+    scale = GradientNoiseScale()
+    for _ in range(50):
+        scale.update_norm(1.0, 8)
+    assert math.isnan(scale.grad_sq_norm) and math.isnan(scale.noise_scale)
+
+
+def test_a_confidence_that_is_no_probability_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"confidence=1\.0 is not a probability"):
+        GradientNoiseScale(confidence=1.0)

@@ -356,8 +356,9 @@ class PerExampleNorms:
         self._problem: str | None = None
         self._tolerance = 1e-4
         # Not before each parameter's gradient was compared with the sum over all examples.
-        dear = self._verified - self._cheap if len(self._verified) == len(self.parameters) else None
-        self._examples = None if dear is None else MOST_DEAR_EXAMPLES if dear else MOST_EXAMPLES
+        self._examples: int | None = None
+        if len(self._verified) == len(self.parameters):
+            self._examples = MOST_DEAR_EXAMPLES if self.is_dear else MOST_EXAMPLES
 
     def __enter__(self) -> PerExampleNorms:
         self.sq_norms: list[Tensor] = []
@@ -444,6 +445,11 @@ class PerExampleNorms:
         total = torch.stack([term.to(terms[0].device) for term in terms]).sum(0)
         self.sq_norms.append(total * (size / weight) ** 2)
         self.sizes.append(size)
+
+    @property
+    def is_dear(self) -> bool:
+        """Whether a layer sees each example at several positions, so that measuring costs a good part of a pass."""
+        return not self._verified <= self._cheap
 
     @property
     def mean_sq_norm(self) -> Tensor:

@@ -1,0 +1,89 @@
+"""Where AdaptiveBatchSize measures the gradient noise if it is left to it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from lightning_problems import Classifier, fit, loader
+from torch import Tensor, nn
+
+from adaptive_batch.callbacks import AdaptiveBatchSize
+from adaptive_batch.measurement import Measurement
+
+
+class Keep:
+    """Measures the noise and keeps the size."""
+
+    needs = frozenset({"noise"})
+
+    def propose(self, measurement: Measurement) -> float:
+        return measurement.batch_size
+
+
+class Convolutional(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 2))
+
+
+class Outside(Classifier):
+    """Uses a layer's weight behind the layer's back."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        first: Any = self.net[0]
+        loss: Tensor = super().training_step(batch, batch_idx) + 0.1 * (first.weight**2).sum()
+        return loss
+
+
+def watched(model: Classifier, **options: Any) -> AdaptiveBatchSize:
+    callback = AdaptiveBatchSize(Keep(), lr_scaling="none", **options)
+    fit(model, loader(), [callback], max_epochs=4)
+    return callback
+
+
+def weights(model: Classifier) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_linear_layers_are_measured_by_example_and_nothing_in_the_run_changes() -> None:
+    plain, measured = Classifier(), Classifier()
+    fit(plain, loader(), max_epochs=4)
+    callback = watched(measured)
+    assert callback.controller.noise.measurements >= 20
+    assert math.isfinite(callback.controller.noise.grad_sq_norm)
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(measured), strict=True))
+    assert plain.loss_trace == measured.loss_trace
+
+
+def test_convolutions_are_measured_by_parts_which_cost_less_there() -> None:
+    callback = watched(Convolutional())
+    halves = [u for u in callback.history.updates if 2 * u.micro_batch_size <= u.batch_size + 1]
+    assert len(halves) >= 15
+    assert callback.controller.noise.measurements >= 15
+
+
+def test_a_weight_that_is_used_outside_of_its_layer_is_measured_by_parts_and_the_history_says_so() -> None:
+    callback = watched(Outside())
+    assert callback.controller.noise.measurements >= 15
+    assert "measured by the parts of updates from here on: per-example norms failed at net.0.weight" in (
+        callback.history.notes[0].reason
+    )
+
+
+def test_by_example_is_an_error_where_it_was_asked_for_and_cannot_be_had() -> None:
+    with pytest.raises(ValueError, match=r"per-example norms failed at net\.0\.weight"):
+        watched(Outside(), noise="per_example")
+
+
+def test_all_updates_take_part_in_the_estimate_of_the_squared_gradient() -> None:
+    """Between two measured updates the norms count: the estimate moves with them."""
+    callback = watched(Classifier(dropout=0.0))
+    noise, updates = callback.controller.noise, len(callback.history.updates)
+    assert noise.measurements < updates
+    weight = sum(block[0] for block in noise.state_dict()["blocks"])
+    measured = sum(block[2] > 0 for block in noise.state_dict()["blocks"])
+    assert weight > 0 and measured <= noise.measurements
+    assert len([block for block in noise.state_dict()["blocks"] if block[0] > 0]) > noise.measurements
