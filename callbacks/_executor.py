@@ -248,7 +248,7 @@ class UpdateExecutor:
         """Whether to measure the memory of the next pass: not before there are gradients."""
         if self._measure and self._examples is not None:  # whose memory is not the model's
             return False
-        return self._missing_gradients() == 0 and self._memory.measures(samples)
+        return self._memory.measures(samples) and self._missing_gradients() == 0
 
     def _held(self) -> int:
         """Bytes that are held while no pass runs, the gradients counted whether or not they are there yet."""
@@ -256,8 +256,10 @@ class UpdateExecutor:
 
     def _missing_gradients(self) -> int:
         """Bytes of the gradients before the first update; from then on there are some at any time."""
+        if self._device.type == "cpu":
+            return 0
         trained = [p for p in self._module.parameters() if p.requires_grad]
-        if self._device.type == "cpu" or any(p.grad is not None for p in trained):
+        if any(p.grad is not None for p in trained):
             return 0
         return sum(p.numel() * p.element_size() for p in trained)
 

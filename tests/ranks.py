@@ -265,7 +265,15 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     trainer.fit(model, loader, ckpt_path=options.get("resume"))
 
 
+def leave() -> None:
+    """Take the process group down together: a rank whose threads outlive it may abort at its exit."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     with warnings.catch_warnings(record=True) as CAUGHT:
         warnings.simplefilter("always")
         main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+        leave()
