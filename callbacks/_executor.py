@@ -172,11 +172,12 @@ class UpdateExecutor:
         Args:
             measure: record the squared norms of this one's parts.
             watch: record the squared norm of its gradient, measured or not.
-            time_parts: if it is measured without being split, time a pass over half of it besides.
+            time_parts: if it is measured without being split, time passes over it and half of it besides.
         """
         self._measure = measure and self._measurable()
         self._watch = watch and self._noise != "probe" and self._unmeasured is None
         self._time_parts = time_parts
+        self.disturbed = False  # hooks or passes on the side made it longer than others are
         self._batch_sizes: list[int] = []
         self.pass_sizes: list[int] = []
         self.pass_seconds: list[Elapsed] = []
@@ -266,8 +267,9 @@ class UpdateExecutor:
     def _run(self, closure: Any, plain: Callable[[], Any], kwargs: Mapping[str, Any], batch_idx: int) -> Any:
         """The batch's gradients and outputs, attempted in ever smaller parts while memory runs out."""
         if self._measure and self.ranks == 1 and not self._sharded:
+            self.disturbed = self._noise != "micro_batches"
             if self._time_parts and self._splits and self._noise != "micro_batches":
-                self._time_half(kwargs)
+                self._time_passes(kwargs)
             if self._noise == "probe":
                 self._run_probe(kwargs)
         if self._measure and self._sharded:
@@ -336,17 +338,19 @@ class UpdateExecutor:
         if loss is not None:
             torch.autograd.backward(loss)
 
-    def _time_half(self, kwargs: Mapping[str, Any]) -> None:
-        """What a pass over half of the batch takes; everything is put back."""
-        size = self._sizes(split=True)[0]
-        if size == self._samples:
+    def _time_passes(self, kwargs: Mapping[str, Any]) -> None:
+        """What passes over the batch and over half of it take, both alike and on the side; everything is put back."""
+        half = self._sizes(split=True)[0]
+        if half == self._samples:
             return
         trial = Trial(self._trainer, self._module)
         with trial.undone():
-            started = mark(self._device)
-            self._trial_pass(trial, kwargs, size)
-            self.pass_seconds.append(Elapsed(started, mark(self._device), self._wait * size / self._samples))
-            self.pass_sizes.append(size)
+            for size in (self._samples, half):
+                started = mark(self._device)
+                self._trial_pass(trial, kwargs, size)
+                self.pass_seconds.append(Elapsed(started, mark(self._device), self._wait * size / self._samples))
+                self.pass_sizes.append(size)
+                trial.rewind()
 
     def _run_probe(self, kwargs: Mapping[str, Any]) -> None:
         """Measure the parts of this batch by passes of their own."""
@@ -378,8 +382,9 @@ class UpdateExecutor:
                 result = parts.joined()
         if log is not None:
             log.commit(parts)
-        self.pass_sizes += sizes
-        self.pass_seconds += passes.seconds
+        if len(sizes) > 1 or self._noise == "micro_batches":  # else those on the side say what a sample costs
+            self.pass_sizes += sizes
+            self.pass_seconds += passes.seconds
         self.micro_batch_size = max(self.micro_batch_size, sizes[0])
         if norms is not None and self._measure:
             self.part_sq_norms += norms.sq_norms

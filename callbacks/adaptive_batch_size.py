@@ -643,7 +643,7 @@ class AdaptiveBatchSize(CallbackBase):
             reference_batch_size=self._reference,
             lr=self._lr,
             loss=_loss(outputs) * self._plain.accumulate,
-            seconds=math.nan if started is None else Elapsed(started, stop),
+            seconds=math.nan if started is None or self._executor.disturbed else Elapsed(started, stop),
             part_sq_norms=self._executor.part_sq_norms,
             part_sizes=self._in_samples(self._executor.part_sizes),
             pass_sizes=self._in_samples(self._executor.pass_sizes),
