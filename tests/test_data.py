@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -723,6 +724,35 @@ def test_ranks_share_the_batches_of_a_batch_sampler():
     shares = [list(adapt(loader, rank=r, world_size=2).batch_sampler) for r in range(2)]
     assert [len(batch) for batch in shares[0]] == [3, 3, 3, 1]
     assert sorted(flat(shares[0]) + flat(shares[1])) == list(range(20))
+
+
+class ReadsItsSizeOnce(BatchSampler):
+    def __iter__(self):
+        size = self.batch_size
+        for start in range(0, len(self.sampler), size):
+            yield list(range(start, min(start + size, len(self.sampler))))
+
+
+def test_a_batch_sampler_that_goes_on_with_its_old_size_is_told_of_once():
+    loader = adapt(DataLoader(Numbers(60), batch_sampler=ReadsItsSizeOnce(range(60), 4, False)))
+    batches = iter(loader)
+    next(batches)
+    loader.batch_sampler.batch_size = 8
+    with pytest.warns(
+        UserWarning, match="ReadsItsSizeOnce still yields batches of 4 after its batch_size was set to 8"
+    ):
+        rest = list(batches)
+    assert len(rest) == 14
+
+
+def test_a_batch_sampler_that_reads_its_size_is_not():
+    loader = adapt(DataLoader(Numbers(60), batch_sampler=BucketBatches(SequentialSampler(range(60)), 4)))
+    batches = iter(loader)
+    next(batches)
+    loader.batch_sampler.batch_size = 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert flat([indices(batch) for batch in batches]) == list(range(4, 60))
 
 
 class FrozenBatches(BatchSampler):
