@@ -728,9 +728,9 @@ def test_ranks_share_the_batches_of_a_batch_sampler():
 
 class ReadsItsSizeOnce(BatchSampler):
     def __iter__(self):
-        size = self.batch_size
-        for start in range(0, len(self.sampler), size):
-            yield list(range(start, min(start + size, len(self.sampler))))
+        size, indices = self.batch_size, list(self.sampler)
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
 
 
 def test_a_batch_sampler_that_goes_on_with_its_old_size_is_told_of_once():
