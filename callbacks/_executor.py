@@ -132,7 +132,13 @@ class UpdateExecutor:
 
     def on_fit_start(self) -> None:
         """The optimizer is known: if nothing else was asked for, take norms by example where that may be cheap."""
-        if not self._automatic or self._across_batch or self.ranks > 1 or self._sharded or is_compiled(self._module):
+        if (
+            not self._automatic
+            or self._without_examples == "probe"
+            or self.ranks > 1
+            or self._sharded
+            or is_compiled(self._module)
+        ):
             return
         try:
             examples = PerExampleNorms(self._module)
@@ -172,7 +178,8 @@ class UpdateExecutor:
         Args:
             measure: record the squared norms of this one's parts.
             watch: record the squared norm of its gradient, measured or not.
-            time_parts: if it is measured without being split, time passes over it and half of it besides.
+            time_parts: if it would be measured without being split, time passes of two sizes: unequal parts of it, or
+                passes on the side where nothing may be split.
         """
         self._measure = measure and self._measurable()
         self._watch = watch and self._noise != "probe" and self._unmeasured is None
@@ -232,6 +239,16 @@ class UpdateExecutor:
             largest = min(largest, -(-n // PURPOSEFUL_PARTS))
         return balanced_sizes(n, largest, self.limit.smallest)
 
+    def _sizes_now(self) -> list[int]:
+        """Samples of each pass of the batch at hand."""
+        sizes = self._sizes(split=self._splits_to_measure)
+        alone = self.ranks == 1 and self._trainer.accumulate_grad_batches == 1
+        by_example = self._measure and self._automatic and self._noise == "per_example"
+        if by_example and alone and self._splits and self._time_parts and len(sizes) == 1 and sizes[0] >= 4:
+            few = sizes[0] // 4
+            return [sizes[0] - few, few]  # two sizes, which tell what a sample costs and what a pass
+        return sizes
+
     def _parts_over_ranks(self) -> list[int]:
         """Samples of each part of an update that every rank splits for the noise."""
         samples = self._batch_sizes[-1]
@@ -268,7 +285,7 @@ class UpdateExecutor:
         """The batch's gradients and outputs, attempted in ever smaller parts while memory runs out."""
         if self._measure and self.ranks == 1 and not self._sharded:
             self.disturbed = self._noise != "micro_batches"
-            if self._time_parts and self._splits and self._noise != "micro_batches":
+            if self._time_parts and self._splits and self._noise == "probe":
                 self._time_passes(kwargs)
             if self._noise == "probe":
                 self._run_probe(kwargs)
@@ -276,7 +293,7 @@ class UpdateExecutor:
             self._measure = all_can_split(self._trainer, self._samples, PURPOSEFUL_PARTS)
         if not self.recovers:
             self._check_first(kwargs)
-            result = self._attempt(closure, plain, kwargs, self._sizes(split=self._splits_to_measure))
+            result = self._attempt(closure, plain, kwargs, self._sizes_now())
             self._end_batch()
             return result
         accumulated = batch_idx % self._trainer.accumulate_grad_batches != 0
@@ -293,7 +310,7 @@ class UpdateExecutor:
         zero_grad = closure._zero_grad_fn
         try:
             while True:
-                sizes = self._sizes(split=self._splits_to_measure)
+                sizes = self._sizes_now()
                 try:
                     with nullcontext() if sync is None else sync.blocked():
                         result = self._attempt(closure, plain, kwargs, sizes)
@@ -382,7 +399,7 @@ class UpdateExecutor:
                 result = parts.joined()
         if log is not None:
             log.commit(parts)
-        if len(sizes) > 1 or self._noise == "micro_batches":  # else those on the side say what a sample costs
+        if len(sizes) > 1 or self._noise == "micro_batches":  # else it is known otherwise
             self.pass_sizes += sizes
             self.pass_seconds += passes.seconds
         self.micro_batch_size = max(self.micro_batch_size, sizes[0])

@@ -87,3 +87,22 @@ def test_all_updates_take_part_in_the_estimate_of_the_squared_gradient() -> None
     measured = sum(block[2] > 0 for block in noise.state_dict()["blocks"])
     assert weight > 0 and measured <= noise.measurements
     assert len([block for block in noise.state_dict()["blocks"] if block[0] > 0]) > noise.measurements
+
+
+def test_under_goodput_each_sample_is_trained_on_once_also_while_times_are_learned() -> None:
+    class Seen(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.seen += batch[2].tolist()
+            loss: Tensor = super().training_step(batch, batch_idx)
+            return loss
+
+    model = Seen()
+    callback = AdaptiveBatchSize()
+    fit(model, loader(), [callback], max_epochs=4)
+    assert model.seen == [index for epoch in model.epochs for index in epoch]
+    assert math.isfinite(callback.controller.step_time.beta)  # by a few updates in two unequal parts
+    assert any(u.micro_batch_size == 12 for u in callback.history.updates if u.batch_size == 16)
