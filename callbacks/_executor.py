@@ -118,6 +118,7 @@ class UpdateExecutor:
         self.share = 1.0
         self.limit = limit
         self._memory = PassMemory(module, limit, self._device, measures=recovers)
+        self._few_first = False
         self.start_update(measure=False)
 
     @property
@@ -182,6 +183,8 @@ class UpdateExecutor:
                 passes on the side where nothing may be split.
         """
         self._measure = measure and self._measurable()
+        if self._measure:
+            self._few_first = not self._few_first  # by turns, as the first part also clears the gradients
         self._watch = watch and self._noise != "probe" and self._unmeasured is None
         self._time_parts = time_parts
         self.disturbed = False  # hooks or passes on the side made it longer than others are
@@ -246,7 +249,8 @@ class UpdateExecutor:
         by_example = self._measure and self._automatic and self._noise == "per_example"
         if by_example and alone and self._splits and self._time_parts and len(sizes) == 1 and sizes[0] >= 4:
             few = sizes[0] // 4
-            return [sizes[0] - few, few]  # two sizes, which tell what a sample costs and what a pass
+            unequal = [few, sizes[0] - few]  # two sizes, which tell what a sample costs and what a pass
+            return unequal if self._few_first else unequal[::-1]
         return sizes
 
     def _parts_over_ranks(self) -> list[int]:
