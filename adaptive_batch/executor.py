@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from adaptive_batch.layers import batch_dependent_layers
 from adaptive_batch.memory import allocated_bytes
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
-from adaptive_batch.micro_batching import balanced_sizes, split_batch
+from adaptive_batch.micro_batching import split_batch
 from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
+from adaptive_batch.noise.schedule import PURPOSEFUL_PARTS
 from adaptive_batch.pass_memory import PassMemory
 from adaptive_batch.timing import Elapsed, mark
 from adaptive_batch.transaction import Rollback
@@ -23,8 +24,6 @@ from adaptive_batch.transaction import Rollback
 __all__ = ["BatchClosure", "Executor", "LossFn"]
 
 LossFn = Callable[[Any, Any], Tensor]
-
-_PURPOSEFUL_PARTS = 2
 
 
 class Executor:
@@ -88,10 +87,7 @@ class Executor:
 
     def sizes(self, samples: int, *, split: bool) -> list[int]:
         """Samples of each pass; ``split`` makes parts for the noise where there would be none."""
-        largest = self.limit.of(samples)
-        if split:
-            largest = min(largest, -(-samples // _PURPOSEFUL_PARTS))
-        return balanced_sizes(samples, largest, self.limit.smallest)
+        return self.limit.sizes(samples, parts=PURPOSEFUL_PARTS if split else 1)
 
     def held(self) -> int:
         """Bytes that are held while no pass runs and no gradients are there."""
@@ -147,7 +143,7 @@ class BatchClosure:
     def __init__(self, executor: Executor, batch: tuple[Any, Any], samples: int, *, measure: bool) -> None:
         self._executor = executor
         self._batch = batch
-        self._measure = measure and samples >= _PURPOSEFUL_PARTS
+        self._measure = measure and samples >= PURPOSEFUL_PARTS
         self._calls = 0
         self.samples = samples
         self.loss = torch.full((), math.nan)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptive_batch.memory import MemoryModel
+from adaptive_batch.micro_batching import balanced_sizes
 
 __all__ = ["MicroBatchLimit"]
 
@@ -53,6 +54,10 @@ class MicroBatchLimit:
         """Most samples per pass for a batch of ``samples``."""
         bounds = [b for b in (self.largest, self.learned, self._affordable()) if b is not None]
         return max(min([samples, *bounds]), min(self.smallest, samples))
+
+    def sizes(self, samples: int, *, parts: int = 1) -> list[int]:
+        """Samples of each pass of a batch, in ``parts`` passes at least where it has as many samples."""
+        return balanced_sizes(samples, min(self.of(samples), -(-samples // parts)), self.smallest)
 
     def _affordable(self) -> int | None:
         measured = self.model.measured

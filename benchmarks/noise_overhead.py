@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from overhead import BATCH_SIZE, cnn, mlp
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from adaptive_batch.callbacks import GradientNoiseMonitor
-
-BATCH_SIZE = 32
 
 
 class Model(pl.LightningModule):
@@ -74,18 +73,6 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         out: Tensor = self.head(self.blocks(self.embed(tokens)).mean(1))
         return out
-
-
-def mlp() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)), torch.randn(4096, 64)
-
-
-def cnn() -> tuple[nn.Module, Tensor]:
-    net = nn.Sequential(
-        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 2), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-    )  # fmt: skip
-    return net, torch.randn(1024, 3, 32, 32)
 
 
 def transformer() -> tuple[nn.Module, Tensor]:

@@ -26,7 +26,7 @@ from adaptive_batch.micro_batching import balanced_sizes, split_batch
 from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
 from adaptive_batch.noise.per_example import PerExampleNorms, Unmeasurable
 from adaptive_batch.noise.sample import NoiseSample, equivalent_sample
-from adaptive_batch.noise.schedule import EXAMPLES, PARTS, Schedule
+from adaptive_batch.noise.schedule import EXAMPLES, PARTS, PURPOSEFUL_PARTS, Schedule
 from adaptive_batch.pass_memory import PassMemory
 from adaptive_batch.timing import Elapsed, mark
 from adaptive_batch.transaction import Rollback
@@ -38,10 +38,6 @@ __all__ = ["UpdateExecutor"]
 
 WeightFn = Callable[[Any, Any], "float | Tensor"]
 _Norms = PartNorms | PerExampleNorms | ShardedNorms
-
-PURPOSEFUL_PARTS = 2
-"""Parts of an update that is split for the noise alone: each costs a pass's overhead, and what limits the
-estimate of |G|^2 is the number of measured updates, not of parts."""
 
 
 class UpdateExecutor:
@@ -236,18 +232,14 @@ class UpdateExecutor:
 
     def _sizes(self, *, split: bool) -> list[int]:
         """Samples of each pass; ``split`` makes parts for the noise where there would be none."""
-        n = self._samples
-        largest = self.limit.of(n)
-        if split and n >= PURPOSEFUL_PARTS:
-            largest = min(largest, -(-n // PURPOSEFUL_PARTS))
-        return balanced_sizes(n, largest, self.limit.smallest)
+        return self.limit.sizes(self._samples, parts=PURPOSEFUL_PARTS if split else 1)
 
     def _sizes_now(self) -> list[int]:
         """Samples of each pass of the batch at hand."""
         sizes = self._sizes(split=self._splits_to_measure)
-        alone = self.ranks == 1 and self._trainer.accumulate_grad_batches == 1
         by_example = self._measure and self._automatic and self._noise == "per_example"
-        if by_example and alone and self._splits and self._time_parts and len(sizes) == 1 and sizes[0] >= 4:
+        may_split = self._splits and self._is_whole_update and len(sizes) == 1 and sizes[0] >= 4
+        if by_example and may_split and self._time_parts:
             few = sizes[0] // 4
             unequal = [few, sizes[0] - few]  # two sizes, which tell what a sample costs and what a pass
             return unequal if self._few_first else unequal[::-1]
@@ -261,10 +253,13 @@ class UpdateExecutor:
         return [sum(part) for part in zip(*halves, strict=True)]
 
     @property
-    def _splits_to_measure(self) -> bool:
+    def _is_whole_update(self) -> bool:
         """Ranks, and the batches of an accumulation window, are parts already."""
-        alone = (self.ranks == 1 or self._sharded) and self._trainer.accumulate_grad_batches == 1
-        return self._taps and alone and self._noise == "micro_batches"
+        return (self.ranks == 1 or self._sharded) and self._trainer.accumulate_grad_batches == 1
+
+    @property
+    def _splits_to_measure(self) -> bool:
+        return self._taps and self._is_whole_update and self._noise == "micro_batches"
 
     def measures_memory(self, samples: int) -> bool:
         """Whether to measure the memory of the next pass: not before there are gradients."""
@@ -403,7 +398,8 @@ class UpdateExecutor:
                 result = parts.joined()
         if log is not None:
             log.commit(parts)
-        if len(sizes) > 1 or self._noise == "micro_batches":  # else it is known otherwise
+        # A whole pass also does what belongs to the update: it cannot stand beside passes over unequal parts.
+        if len(sizes) > 1 or self._noise == "micro_batches":
             self.pass_sizes += sizes
             self.pass_seconds += passes.seconds
         self.micro_batch_size = max(self.micro_batch_size, sizes[0])
@@ -413,6 +409,8 @@ class UpdateExecutor:
         return result
 
     def _end_part(self, norms: _Norms, size: int, weight: Number) -> None:
+        if not self._measure:
+            return  # a part before has shown that these norms cannot be had
         try:
             norms.end_part(size, self._mean_gradient_factor(weight, size))
         except Unmeasurable as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -94,9 +95,11 @@ def test_under_goodput_each_sample_is_trained_on_once_also_while_times_are_learn
         def __init__(self) -> None:
             super().__init__()
             self.seen: list[int] = []
+            self.passes: list[int] = []
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.seen += batch[2].tolist()
+            self.passes.append(len(batch[2]))
             loss: Tensor = super().training_step(batch, batch_idx)
             return loss
 
@@ -105,4 +108,21 @@ def test_under_goodput_each_sample_is_trained_on_once_also_while_times_are_learn
     fit(model, loader(), [callback], max_epochs=4)
     assert model.seen == [index for epoch in model.epochs for index in epoch]
     assert math.isfinite(callback.controller.step_time.beta)  # by a few updates in two unequal parts
-    assert any(u.micro_batch_size == 12 for u in callback.history.updates if u.batch_size == 16)
+    pairs = set(pairwise(model.passes))
+    assert {(4, 12), (12, 4)} <= pairs  # by turns: the first part also clears the gradients
+
+
+def test_updates_that_hooks_make_longer_are_not_timed() -> None:
+    class Timed(Keep):
+        needs = frozenset({"noise", "step_time"})
+
+    callback = AdaptiveBatchSize(Timed(), lr_scaling="none")
+    fit(Classifier(), loader(), [callback], max_epochs=4)
+    timed = len(callback.controller.step_time.state_dict()["updates"])
+    assert 0 < timed <= len(callback.history.updates) - callback.controller.noise.measurements
+
+
+def test_a_failed_measurement_of_an_update_in_two_parts_is_told_once() -> None:
+    callback = AdaptiveBatchSize()
+    fit(Outside(), loader(), [callback], max_epochs=2)
+    assert sum("per-example norms failed" in note.reason for note in callback.history.notes) == 1

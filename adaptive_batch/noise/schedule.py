@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-__all__ = ["EXAMPLES", "PARTS", "Schedule", "measures_noise"]
+__all__ = ["EXAMPLES", "PARTS", "PURPOSEFUL_PARTS", "Schedule", "measures_noise"]
+
+PURPOSEFUL_PARTS = 2
+"""Parts of an update that is split for the noise alone: each costs a pass's overhead, and what limits the
+estimate of |G|^2 is the number of measured updates, not of parts."""
 
 
 class Schedule(NamedTuple):
