@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import os
 import pickle
 import random
@@ -753,6 +754,22 @@ def test_a_batch_sampler_that_reads_its_size_is_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert flat([indices(batch) for batch in batches]) == list(range(4, 60))
+
+
+def test_a_batch_sampler_whose_size_counts_something_else_is_not():
+    class Tokens(BatchSampler):
+        def __iter__(self):
+            indices = iter(self.sampler)
+            while batch := list(itertools.islice(indices, max(1, self.batch_size // 3))):
+                yield batch
+
+    loader = adapt(DataLoader(Numbers(60), batch_sampler=Tokens(range(60), 6, False)))
+    batches = iter(loader)
+    next(batches)
+    loader.batch_sampler.batch_size = 9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert flat([indices(batch) for batch in batches]) == list(range(2, 60))
 
 
 class FrozenBatches(BatchSampler):
