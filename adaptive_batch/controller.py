@@ -41,6 +41,9 @@ IDENTIFIED_AT = 0.95
 early is too small, so the mistake costs speed and no samples; and each change still has to be right at the
 pessimistic end of the interval."""
 
+EVIDENCE = 0.95
+"""Confidence of the noise scale's interval, at whose pessimistic end a change still has to be right."""
+
 _FROM_PARTS = frozenset({"noise", "variance", "inner_products"})
 """Statistics that one measurement of an update's parts gives together."""
 
@@ -80,7 +83,8 @@ class BatchSizeController:
     where that can be computed, and it must still be right at the pessimistic end of the noise scale's
     confidence interval. Where nothing tells what a larger update costs (all passes had the same size), one
     step up to a size that is surely below the noise scale finds it out, and is taken back if it does not
-    pay. Answers of schedules and functions are rounded and clamped, no more.
+    pay. While the noise scale is so large that it cannot be told from an infinite one, the lower end of its interval
+    can justify growing, and nothing else. Answers of schedules and functions are rounded and clamped, no more.
 
     Args:
         policy: a name, an object with ``propose(measurement) -> float``, or a function of a measurement.
@@ -185,7 +189,10 @@ class BatchSizeController:
 
     @property
     def noise_scale(self) -> float:
-        """The last identified noise scale in samples, ``NaN`` before there is one."""
+        """The last identified noise scale in samples, or the least that later evidence allows if that is more.
+
+        ``NaN`` before there is one.
+        """
         return self._last_noise_scale
 
     @property
@@ -284,6 +291,10 @@ class BatchSizeController:
         noise_scale = self.noise.noise_scale
         if math.isfinite(noise_scale):
             self._last_noise_scale = noise_scale
+        else:
+            least = _least_noise_scale(self.noise.grad_sq_norm, self.noise.interval(EVIDENCE))
+            if least is not None and not least <= self._last_noise_scale:
+                self._last_noise_scale = least
         known = [(size, loss) for size, loss in losses if math.isfinite(loss)]
         return sum(size * loss for size, loss in known) / sum(size for size, _ in known) if known else math.nan
 
@@ -337,7 +348,7 @@ class BatchSizeController:
             noise_scale=noise.noise_scale,
             grad_sq_norm=noise.grad_sq_norm,
             grad_variance=noise.grad_variance,
-            interval=noise.interval(0.95),
+            interval=noise.interval(EVIDENCE),
             inner_product_variance=self.inner_products.variance,
             inner_product_sq_norm=self.inner_products.sq_norm,
             measured_update=self._newest[0],
@@ -362,11 +373,11 @@ class BatchSizeController:
         return answer
 
     def _answer(self, m: Measurement) -> Decision | _Stay:
+        if self.careful:
+            return self._careful_answer(m)
         proposal = self._proposal(m)
         if not math.isfinite(proposal):
-            return _Stay("no proposal", f"the policy proposed {proposal}")
-        if self.careful:
-            return self._careful_answer(m, proposal)
+            return _not_finite(proposal)
         size = self._clamp(proposal)
         if size == m.batch_size:
             return _Stay()
@@ -382,13 +393,32 @@ class BatchSizeController:
                 f"{_name(self.policy)} proposed {proposal!r}, which is no batch size; return a number of samples."
             ) from None
 
-    def _careful_answer(self, m: Measurement, proposal: float) -> Decision | _Stay:
+    def _careful_answer(self, m: Measurement) -> Decision | _Stay:
+        m, identified = self._with_least_noise_scale(m), math.isfinite(m.noise_scale)
+        proposal = self._proposal(m)
+        if not math.isfinite(proposal):
+            return _not_finite(proposal)
         bounded = self._clamp(m.batch_size)
         if bounded != m.batch_size:
             bound = "min_batch_size" if bounded > m.batch_size else "max_batch_size"
             return Decision(bounded, m.batch_size, f"{m.batch_size} -> {bounded}: {bound} is {bounded}")
-        if "noise" in self.policy_needs and not math.isfinite(m.noise_scale):
-            return self._without_noise_scale(m)
+        if "noise" not in self.policy_needs or identified:
+            return self._evident_answer(m, proposal)
+        answer = self._evident_answer(m, proposal) if math.isfinite(m.noise_scale) else _Stay()
+        return answer if isinstance(answer, Decision) else self._without_noise_scale(m)
+
+    def _with_least_noise_scale(self, m: Measurement) -> Measurement:
+        """The measurement with the least noise scale that is possible in the place of one that is not identified.
+
+        A change that is right for all noise scales from there to infinity has all the evidence that it needs.
+        """
+        least = _least_noise_scale(m.grad_sq_norm, m.interval)
+        if math.isfinite(m.noise_scale) or least is None or "noise" not in self.policy_needs:
+            return m
+        return replace(m, noise_scale=least, interval=(least, math.inf))
+
+    def _evident_answer(self, m: Measurement, proposal: float) -> Decision | _Stay:
+        """A change that time, dwell and evidence allow."""
         if "step_time" in self.policy_needs and not math.isfinite(self.step_time.predict(2 * m.batch_size)):
             return self._trial(m)
         size = self._neighbour(m.batch_size, proposal)
@@ -566,6 +596,19 @@ class BatchSizeController:
         self._last_noise_scale = state["noise_scale"]
         update, sq_norm, variance = state["newest"]
         self._newest = (update, sq_norm, variance)
+
+
+def _least_noise_scale(grad_sq_norm: float, interval: tuple[float, float]) -> float | None:
+    """The least that a noise scale can be that is not identified; ``None`` where nothing tells.
+
+    Where the estimate of ``|G|^2`` is not even positive, nothing does.
+    """
+    low = interval[0]
+    return low if grad_sq_norm > 0 and 0 < low < math.inf else None
+
+
+def _not_finite(proposal: float) -> _Stay:
+    return _Stay("no proposal", f"the policy proposed {proposal}")
 
 
 def check_bounds(min_batch_size: int | None, max_batch_size: int | None) -> None:

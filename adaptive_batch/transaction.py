@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ class Rollback:
         self._buffered = [(m, name) for m in modules for name in m._buffers]
         self._parameters = list(module.parameters())  # frozen ones too: they may be trained later
         self._generators = _generators(modules)
+        self._numpy = _NumpyState()
         self._buffers: list[tuple[Tensor, Tensor] | None] = []
         self._gradients: list[Tensor | None] = []
         self._random: _RandomStates | None = None
@@ -40,7 +42,7 @@ class Rollback:
         """Remember the present state; ``accumulated`` says that the gradients hold earlier batches."""
         self._buffers = [_with_copy(module._buffers.get(name)) for module, name in self._buffered]
         self._gradients = [_copy(p.grad) if accumulated else None for p in self._parameters]
-        self._random = _RandomStates(self._generators)
+        self._random = _RandomStates(self._generators, self._numpy.now())
 
     @torch.no_grad()
     def restore(self, *, gradients: bool) -> None:
@@ -81,10 +83,10 @@ class Rollback:
 class _RandomStates:
     """The states of all generators at one moment."""
 
-    def __init__(self, own: Iterable[torch.Generator]) -> None:
+    def __init__(self, own: Iterable[torch.Generator], numpy_state: Any) -> None:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-        self._numpy = np.random.get_state()
+        self._numpy = numpy_state
         self._python = random.getstate()
         self._own = [(generator, generator.get_state()) for generator in own]
 
@@ -96,6 +98,32 @@ class _RandomStates:
         random.setstate(self._python)
         for generator, state in self._own:
             generator.set_state(state)
+
+
+class _NumpyState:
+    """The state of NumPy's global generator, copied only if it may have moved since the last time.
+
+    NumPy's copy takes longer than all the rest of a snapshot. Every draw moves the twister's words, which are cheap
+    to compare; but a normal number that was drawn with the one before it and put by moves nothing when it is taken.
+    """
+
+    def __init__(self) -> None:
+        self._words = b""
+        self._state: Any = None
+
+    def now(self) -> Any:
+        """What ``np.random.set_state`` takes."""
+        generator = np.random.get_bit_generator()
+        if not isinstance(generator, np.random.MT19937):
+            return np.random.get_state()
+        words = ctypes.string_at(generator.ctypes.state_address, _TWISTER_BYTES)
+        if words != self._words or self._state[3]:  # a normal number is put by
+            self._words, self._state = words, np.random.get_state()
+        return self._state
+
+
+_TWISTER_BYTES = 625 * 4
+"""The Mersenne Twister's 624 words and its place among them."""
 
 
 def random_state(module: nn.Module) -> dict[str, Any]:

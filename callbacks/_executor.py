@@ -527,7 +527,7 @@ class UpdateExecutor:
             factor = _lightning.amp_scale(self._trainer)
             if self._loss_reduction == "sum":
                 factor = factor * sum(self._batch_sizes) / accumulate
-            self.sq_norm = total / factor**2
+            self.sq_norm = total if isinstance(factor, float) and factor == 1 else total / factor**2
             if self._examples is not None and self.part_sq_norms:
                 self._keep_examples()
                 if self._automatic and self._examples.is_dear:

@@ -689,6 +689,8 @@ class StepLog:
     ``LightningModule.log`` is called when a value is new to Lightning (at first, and after each epoch); in
     between only a value that has changed is exchanged in what it keeps.
 
+    Exchanged values stay on the host: a copy to an accelerator would wait for it.
+
     Private: ``epoch_loop._results`` and its metrics' ``_forward_cache`` and ``has_reset`` (2.0 to 2.6).
     """
 
@@ -706,5 +708,5 @@ class StepLog:
             if metric is None or metric.has_reset:
                 self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
             elif value != (old := before.get(name)) and not (value != value and old != old):  # NaN is no change
-                number = torch.tensor(value, dtype=torch.float32, device=metric.value.device)
+                number = torch.tensor(value, dtype=torch.float32)
                 metric.__dict__.update(value=number, _forward_cache=number)  # past Module.__setattr__, which is slow

@@ -58,6 +58,8 @@ _NO_GRADIENTS = (
 _DATA_FRACTION = 10
 _UNKNOWN_LENGTH_GROWTH = 64
 _NAMED_SHARES = 8
+_MEMORY_EVERY = 100
+"""Updates between two readings of the process's resident size, which the system is slow to tell."""
 
 
 class AdaptiveBatchSize(CallbackBase):
@@ -459,7 +461,9 @@ class AdaptiveBatchSize(CallbackBase):
             self._window_started = now - waited
             noise = not self._manual and "noise" in self._controller.needs
             measure = noise and measures_noise(self._updates, self._executor.noise_schedule)
-            self._executor.start_update(measure=measure, watch=noise, time_parts=self._controller.times_parts)
+            self._executor.start_update(
+                measure=measure, watch=noise, time_parts=measure and self._controller.times_parts
+            )
             self._window_rows = self._window_samples = 0
         self._window.append(draw)
         self._window_rows += self._rows
@@ -642,7 +646,7 @@ class AdaptiveBatchSize(CallbackBase):
             batch_size=samples,
             reference_batch_size=self._reference,
             lr=self._lr,
-            loss=_loss(outputs) * self._plain.accumulate,
+            loss=_loss(outputs, self._plain.accumulate),
             seconds=math.nan if started is None or self._executor.disturbed else Elapsed(started, stop),
             part_sq_norms=self._executor.part_sq_norms,
             part_sizes=self._in_samples(self._executor.part_sizes),
@@ -746,7 +750,7 @@ class AdaptiveBatchSize(CallbackBase):
         """Bytes of the largest measured pass; the process's resident size where no pass is measured."""
         if self._executor.peak_memory > 0:
             self._last_memory = self._executor.peak_memory
-        elif self._micro_batches.budget is None and self._updates % self._controller.adjust_every == 1:
+        elif self._micro_batches.budget is None and self._updates % _MEMORY_EVERY == 1:
             self._last_memory = resident_bytes()
         return self._last_memory
 
@@ -927,9 +931,12 @@ def _has_rows(batch: Any, rows: int) -> bool:
         return False
 
 
-def _loss(outputs: Any) -> Tensor | float:
+def _loss(outputs: Any, accumulate: int) -> Tensor | float:
+    """What ``training_step`` returned, which Lightning has divided by the batches of an update."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    return loss if isinstance(loss, Tensor) else math.nan
+    if not isinstance(loss, Tensor):
+        return math.nan
+    return loss if accumulate == 1 else loss * accumulate
 
 
 def _on_host(trainer: Trainer) -> bool:

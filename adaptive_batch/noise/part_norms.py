@@ -43,7 +43,9 @@ def sq_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 def _joint_norm(norms: Sequence[Tensor]) -> Tensor:
     """Norm of the whole from those of its pieces, which may lie on several devices."""
-    joint: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    device = norms[0].device
+    here = [norm if norm.device == device else norm.to(device) for norm in norms]
+    joint: Tensor = torch.linalg.vector_norm(torch.stack(here))
     return joint
 
 

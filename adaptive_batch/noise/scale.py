@@ -23,6 +23,9 @@ from adaptive_batch.noise.intervals import (
 MAX_BLOCKS = 64
 """Blocks that the measurements are kept in; more would not make an interval visibly better."""
 
+_SPARE_BLOCKS = 32
+"""Closed on top of these before neighbours are joined again, many at once: joining looks at every block."""
+
 MIN_MEASUREMENTS = 8
 """Measurements below which there is no interval: a variance from fewer is hardly one."""
 
@@ -61,8 +64,8 @@ class GradientNoiseScale:
     stretch of data whatever the batch size. They are divided by the sum of their weights, so that the first
     update's average is the first update's estimate.
 
-    The interval is Fieller's for a ratio of means, from the jackknife over at most 64 blocks of consecutive
-    updates; whenever there is one block too many, the two neighbours that weigh least together become one.
+    The interval is Fieller's for a ratio of means, from the jackknife over some 64 blocks of consecutive updates;
+    when there are too many, those neighbours that weigh least together become one.
     That keeps the weights even however the batch size changes, makes blocks of many updates (whose averages
     are nearly independent and nearly normal) in a long run, and costs the same at every update. The
     estimates are the weighted means of those same blocks.
@@ -111,7 +114,8 @@ class GradientNoiseScale:
         self._since = 0.0  # samples since the last measured update
         self._measurements = 0
         self._skipped = 0
-        self._answers: dict[float | None, tuple[float, float]] = {}  # kept until the next update
+        self._answers: dict[float | None, tuple[float, float]] = {}  # kept until the next update, like the rows
+        self._rows: Array | None = None
 
     def update(self, part_sq_norms: Numbers, part_sizes: Numbers, sq_norm: float | Tensor) -> None:
         """Take in the parts of one update; one part or a norm that is not finite is skipped and counted.
@@ -150,7 +154,7 @@ class GradientNoiseScale:
 
     def _add(self, size: float, sq_norm: float, grad_variance: float | None) -> None:
         """One more update; without ``grad_variance`` its norm alone."""
-        self._answers.clear()
+        self._forget_answers()
         self._since += size
         self._decay *= math.exp(-size / self.memory)
         if self._decay < _SMALLEST:
@@ -168,8 +172,8 @@ class GradientNoiseScale:
         if _FINENESS * newest[0] >= self._total:
             self._total += newest[0]
             self._blocks.append([0.0] * 5)
-            if len(self._blocks) > MAX_BLOCKS + 1:
-                _join_lightest_pair(self._blocks)
+            if len(self._blocks) > MAX_BLOCKS + _SPARE_BLOCKS + 1:
+                self._blocks = _join_lightest_pairs(self._blocks, len(self._blocks) - MAX_BLOCKS - 1)
 
     def _multiply_out(self) -> None:
         blocks = ([self._decay * value for value in block] for block in self._blocks[:-1])
@@ -177,9 +181,17 @@ class GradientNoiseScale:
         self._total = sum(block[0] for block in self._blocks[:-1])
         self._decay = 1.0
 
-    @property
-    def _rows(self) -> Array:
+    def _forget_answers(self) -> None:
+        self._answers.clear()
+        self._rows = None
+
+    def _means(self) -> Array:
         """``[K, 5]``: the blocks with means in the place of sums."""
+        if self._rows is None:
+            self._rows = self._divided()
+        return self._rows
+
+    def _divided(self) -> Array:
         sums = np.array([block for block in self._blocks if block[0] > 0]).reshape(-1, 5)
         if len(sums):
             sums /= sums[:, 0].max()  # weights count only beside each other
@@ -236,7 +248,7 @@ class GradientNoiseScale:
         return self._answers[confidence]
 
     def _interval(self, confidence: float) -> tuple[float, float]:
-        rows = self._rows
+        rows = self._means()
         norm_influence = jackknife_influence(rows[:, 1:2], rows[:, 0])
         influence = jackknife_influence(rows[:, 3:5], rows[:, 2])
         # Whole degrees of freedom are as good, and their quantiles have been computed before.
@@ -252,7 +264,7 @@ class GradientNoiseScale:
         if not self._measurements:
             return math.nan, math.nan
         if None not in self._answers:
-            rows = self._rows
+            rows = self._means()
             norm = rows[:, 0] @ rows[:, 1] / rows[:, 0].sum()
             share, variance = rows[:, 2] @ rows[:, 3:5] / rows[:, 2].sum()
             self._answers[None] = float(variance), float(norm - share)
@@ -292,14 +304,22 @@ class GradientNoiseScale:
         self.memory, self._blocks, self._since = memory, blocks, since
         self._decay, self._total = decay, total
         self._measurements, self._skipped = measurements, skipped
-        self._answers.clear()
+        self._forget_answers()
 
 
-def _join_lightest_pair(blocks: list[list[float]]) -> None:
-    """Make one of those two neighbours that have the least weight together; not the last, which is open."""
-    pairs = [a + b for a, b in pairwise(block[0] for block in blocks[:-1])]
-    first = pairs.index(min(pairs))
-    blocks[first] = [a + b for a, b in zip(blocks[first], blocks.pop(first + 1), strict=True)]
+def _join_lightest_pairs(blocks: list[list[float]], count: int) -> list[list[float]]:
+    """Make one of each of ``count`` pairs of neighbours, those that have the least weight; not of the open last."""
+    weights = [one[0] + next_one[0] for one, next_one in pairwise(blocks[:-1])]
+    firsts: set[int] = set()
+    for first in sorted(range(len(weights)), key=weights.__getitem__):
+        if len(firsts) < count and not {first - 1, first + 1} & firsts:
+            firsts.add(first)
+    seconds = {first + 1 for first in firsts}
+    return [
+        [a + b for a, b in zip(block, blocks[index + 1], strict=True)] if index in firsts else block
+        for index, block in enumerate(blocks)
+        if index not in seconds
+    ]
 
 
 def _degrees_of_freedom(rows: Array, norm_influence: Array, share_influence: Array) -> float:
@@ -333,11 +353,11 @@ def _checked_numbers(name: str, numbers: object, count: int) -> list[float]:
 
 
 def _checked_blocks(rows: object) -> list[list[float]]:
-    valid = isinstance(rows, list) and 1 <= len(rows) <= MAX_BLOCKS + 1
+    valid = isinstance(rows, list) and 1 <= len(rows) <= MAX_BLOCKS + _SPARE_BLOCKS + 1
     blocks = [_checked_numbers("a block", row, 5) for row in rows] if valid else []  # type: ignore[attr-defined]
     if not valid or any(row[0] < 0 or row[2] < 0 for row in blocks) or not all(row[0] for row in blocks[:-1]):
         raise ValueError(
-            f"blocks must be 1 to {MAX_BLOCKS + 1} rows of five sums, the weights positive; "
+            f"blocks must be 1 to {MAX_BLOCKS + _SPARE_BLOCKS + 1} rows of five sums, the weights positive; "
             "load what state_dict() returned."
         )
     return blocks
