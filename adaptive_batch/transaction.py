@@ -113,7 +113,7 @@ class _NumpyState:
 
     def now(self) -> Any:
         """What ``np.random.set_state`` takes."""
-        generator = np.random.get_bit_generator()
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # numpy's stubs leave it out
         if not isinstance(generator, np.random.MT19937):
             return np.random.get_state()
         words = ctypes.string_at(generator.ctypes.state_address, _TWISTER_BYTES)

@@ -382,7 +382,8 @@ def test_t_quantile_agrees_with_printed_tables(dof: float, confidence: float, ta
 
 def test_jackknife_of_equal_weights_is_the_textbook_one() -> None:
     rows = np.random.default_rng(12).standard_normal((12, 2))
-    influence = jackknife_influence(rows, np.full(12, 0.3))
+    means, influence = jackknife_influence(0.3 * rows, np.full(12, 0.3))
+    np.testing.assert_allclose(means, rows.mean(0), rtol=1e-12)
     ours = influence.T @ influence
     np.testing.assert_allclose(ours, delete_one_covariance(rows), rtol=1e-12)
 
@@ -390,7 +391,7 @@ def test_jackknife_of_equal_weights_is_the_textbook_one() -> None:
 def test_jackknife_is_unbiased_when_variance_is_inverse_to_weight() -> None:
     rng, weights = np.random.default_rng(13), np.array([1.0, 2, 4, 8, 16, 32])
     rows = rng.standard_normal((20_000, 6, 1)) / np.sqrt(weights)[:, None]
-    values = np.array([(jackknife_influence(r, weights) ** 2).sum() for r in rows])
+    values = np.array([(jackknife_influence(r * weights[:, None], weights)[1] ** 2).sum() for r in rows])
     assert standard_errors_off(values, 1 / weights.sum()) < 3
 
 

@@ -45,8 +45,8 @@ def student_t_quantile(confidence: float, dof: float) -> float:
     return math.sqrt(dof) * math.tan(angle)
 
 
-def jackknife_influence(values: Array, weights: Array) -> Array:
-    """What each of several independent rows does to their weighted mean, by leaving out one at a time.
+def jackknife_influence(sums: Array, weights: Array) -> tuple[Array, Array]:
+    """Weighted means, and what each of several independent rows does to them, by leaving out one at a time.
 
     With shares ``p_k = w_k / sum(w)`` and means ``m_(-k)`` without row ``k`` the jackknife's covariance is
     ``sum_k (1 - p_k) (m_(-k) - m)(m_(-k) - m)'``: the usual one with its factor ``(K - 1) / K`` where all weights are
@@ -54,18 +54,21 @@ def jackknife_influence(values: Array, weights: Array) -> Array:
     ``d_k`` of which it is ``sum_k d_k d_k'``; those of several means over the same blocks can be added up.
 
     Args:
-        values: ``[K, D]`` rows.
-        weights: ``[K]`` weights; rows without any have no influence, nor has one that has all.
+        sums: ``[K, D]`` rows, each times its weight.
+        weights: ``[K]`` weights, not all 0; rows without any have no influence, nor has one that has all.
 
     Returns:
-        ``[K, D]`` influences on the weighted mean.
+        ``[D]`` weighted means, and ``[K, D]`` influences on them.
     """
     total = weights.sum()
-    share = weights / total if total > 0 else weights
-    deviations = values - share @ values
-    factor = share / np.sqrt(np.where(share < 1, 1 - share, np.inf))
-    influence: Array = deviations * factor[:, None]
-    return influence
+    means: Array = sums.sum(0) / total
+    scale = total * np.sqrt(np.maximum(1 - weights / total, _NOTHING))
+    influence: Array = (sums - weights[:, None] * means) / scale[:, None]
+    return means, influence
+
+
+_NOTHING = 1e-300
+"""In the place of 0 under a division of 0."""
 
 
 def effective_count(weights: Array) -> float:
@@ -73,10 +76,11 @@ def effective_count(weights: Array) -> float:
 
     This is Satterthwaite's count for the jackknife of rows of equal variance; ``K`` for equal weights.
     """
-    if not weights.any():
+    largest = weights.max(initial=0.0)
+    if largest == 0:
         return 0.0
-    squares = (weights / weights.max()) ** 2
-    return float(squares.sum() ** 2 / (squares**2).sum())
+    squares = (weights / largest) ** 2
+    return float(squares.sum() ** 2 / (squares @ squares))
 
 
 def fieller_interval(means: Array, covariance: Array, quantile: float) -> tuple[float, float]:

@@ -185,20 +185,12 @@ class GradientNoiseScale:
         self._answers.clear()
         self._rows = None
 
-    def _means(self) -> Array:
-        """``[K, 5]``: the blocks with means in the place of sums."""
+    @property
+    def _sums(self) -> Array:
+        """``[K, 5]``: the blocks."""
         if self._rows is None:
-            self._rows = self._divided()
+            self._rows = np.array(self._blocks)
         return self._rows
-
-    def _divided(self) -> Array:
-        sums = np.array([block for block in self._blocks if block[0] > 0]).reshape(-1, 5)
-        if len(sums):
-            sums /= sums[:, 0].max()  # weights count only beside each other
-        weights = sums[:, (0, 0, 2, 2, 2)]
-        means: Array = np.divide(sums, weights, out=np.zeros_like(sums), where=weights > 0)
-        means[:, (0, 2)] = sums[:, (0, 2)]
-        return means
 
     @property
     def measurements(self) -> int:
@@ -243,31 +235,33 @@ class GradientNoiseScale:
         Raises:
             ValueError: if ``confidence`` is not between 0 and 1.
         """
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence={confidence} is not a probability between 0 and 1; pass 0.95, say.")
         if confidence not in self._answers:
             self._answers[confidence] = self._interval(confidence)
         return self._answers[confidence]
 
     def _interval(self, confidence: float) -> tuple[float, float]:
-        rows = self._means()
-        norm_influence = jackknife_influence(rows[:, 1:2], rows[:, 0])
-        influence = jackknife_influence(rows[:, 3:5], rows[:, 2])
-        # Whole degrees of freedom are as good, and their quantiles have been computed before.
-        dof = round(_degrees_of_freedom(rows, norm_influence[:, 0], influence[:, 0]))
-        quantile = student_t_quantile(confidence, max(dof, 1))
-        if self._measurements < MIN_MEASUREMENTS or dof < 1:
+        if self._measurements < MIN_MEASUREMENTS:
             return math.nan, math.nan
-        both = np.column_stack([influence[:, 1], norm_influence[:, 0] - influence[:, 0]])
-        return fieller_interval(np.array(self._estimates()), both.T @ both, quantile)
+        sums = self._sums
+        (norm,), norm_influence = jackknife_influence(sums[:, 1:2], sums[:, 0])
+        (share, variance), influence = jackknife_influence(sums[:, 3:5], sums[:, 2])
+        # Whole degrees of freedom are as good, and their quantiles have been computed before.
+        dof = round(_degrees_of_freedom(sums, norm_influence[:, 0], influence[:, 0]))
+        if dof < 1:
+            return math.nan, math.nan
+        influence[:, 0] = norm_influence[:, 0] - influence[:, 0]
+        means = np.array([variance, norm - share])
+        return fieller_interval(means, (influence.T @ influence)[::-1, ::-1], student_t_quantile(confidence, dof))
 
     def _estimates(self) -> tuple[float, float]:
         """``tr(Sigma)`` and ``|G|^2``."""
         if not self._measurements:
             return math.nan, math.nan
         if None not in self._answers:
-            rows = self._means()
-            norm = rows[:, 0] @ rows[:, 1] / rows[:, 0].sum()
-            share, variance = rows[:, 2] @ rows[:, 3:5] / rows[:, 2].sum()
-            self._answers[None] = float(variance), float(norm - share)
+            weight, norm, measured, share, variance = self._sums.sum(0).tolist()
+            self._answers[None] = variance / measured, norm / weight - share / measured
         return self._answers[None]
 
     def state_dict(self) -> dict[str, Any]:
@@ -322,14 +316,14 @@ def _join_lightest_pairs(blocks: list[list[float]], count: int) -> list[list[flo
     ]
 
 
-def _degrees_of_freedom(rows: Array, norm_influence: Array, share_influence: Array) -> float:
+def _degrees_of_freedom(sums: Array, norm_influence: Array, share_influence: Array) -> float:
     """Of the variance of ``|G|^2``, by Satterthwaite from those of its two averages; 0 if one cannot be told."""
-    counts = [effective_count(weights) - 1 for weights in (rows[:, 0], rows[:, 2])]
-    variances = [float(influence @ influence) for influence in (norm_influence, share_influence)]
-    if min(counts) < 1:
+    norms, shares = effective_count(sums[:, 0]) - 1, effective_count(sums[:, 2]) - 1
+    if min(norms, shares) < 1:
         return 0.0
-    terms = sum(variance**2 / count for variance, count in zip(variances, counts, strict=True))
-    return min(sum(variances) ** 2 / terms, counts[0]) if terms > 0 else counts[0]
+    of_norms, of_shares = float(norm_influence @ norm_influence), float(share_influence @ share_influence)
+    terms = of_norms**2 / norms + of_shares**2 / shares
+    return min((of_norms + of_shares) ** 2 / terms, norms) if terms > 0 else norms
 
 
 def _checked_memory(memory: object) -> float:
