@@ -30,6 +30,10 @@ MIN_DWELL = 20
 SETTLE = 2
 """Updates at a new size that are not timed: autotuning, recompilation and caches belong to the change."""
 
+RETRY = 256
+"""Updates after which what is known of larger sizes than the one that was gone back to is forgotten, twice as many each
+time: the machine may have been slow just then, and a size that is not in use is not timed again."""
+
 NOISE_MEMORY_UPDATES = 32
 NOISE_MEMORY_FRACTIONS = (1 / 16, 1 / 4)
 """The noise is averaged over two stretches of the samples seen so far, and no fewer than 32 updates' worth. The
@@ -150,6 +154,7 @@ class BatchSizeController:
         self._previous = reference_batch_size
         self._measured_samples = 0
         self._settled = 0
+        self._retreats = 0
         self._measured_run = 0
         self._last_noise_scale = math.nan
         self._newest = (0, math.nan, math.nan)  # update, |G|^2 and tr(Sigma) of the last measured one
@@ -198,7 +203,7 @@ class BatchSizeController:
     @property
     def times_parts(self) -> bool:
         """Whether a few updates should run in parts, so that the times of smaller passes say what a sample costs."""
-        return "step_time" in self.policy_needs and math.isnan(self.step_time.beta)
+        return "step_time" in self.policy_needs and self.step_time.wants_passes
 
     def lr_factor(self, batch_size: float, lr: float = math.nan) -> float:
         """Factor on the scheduled learning rate for an update.
@@ -260,7 +265,9 @@ class BatchSizeController:
         self._updates += 1
         if self._updates % self.adjust_every:
             return None
-        described = self._describe(measurement, loss=self._absorb())
+        loss = self._absorb()
+        self._look_again()
+        described = self._describe(measurement, loss=loss)
         if self.record is not None:
             self.record(replace(described, seconds=math.nan, peak_memory=math.nan, step_time=None))
         return self._decide(described)
@@ -331,6 +338,12 @@ class BatchSizeController:
         for size, seconds in zip(m.pass_sizes, m.pass_seconds, strict=True):
             self.step_time.update_pass(size, float(seconds))
 
+    def _look_again(self) -> None:
+        """Size after size was left for a smaller one: what the larger ones take is worth finding out again."""
+        assert self.batch_size is not None
+        if self._retreats and self._updates - self._changed_at >= RETRY * 2 ** (self._retreats - 1):
+            self.step_time.forget_above(self.batch_size)
+
     def _describe(self, m: Measurement, *, loss: float) -> Measurement:
         """The measurement as the policy sees it: plain numbers, with the estimates."""
         assert self.batch_size is not None and self.reference_batch_size is not None
@@ -369,6 +382,7 @@ class BatchSizeController:
         self._changed_at = self._updates
         self._previous = self.batch_size
         self._settled = 0
+        self._retreats += answer.batch_size < answer.previous
         self.batch_size = answer.batch_size
         return answer
 
@@ -553,6 +567,7 @@ class BatchSizeController:
             "previous": self._previous,
             "measured_samples": self._measured_samples,
             "settled": self._settled,
+            "retreats": self._retreats,
             "measured_run": self._measured_run,
             "noise_scale": self._last_noise_scale,
             "newest": list(self._newest),
@@ -592,6 +607,7 @@ class BatchSizeController:
         self._previous = state["previous"]
         self._measured_samples = state["measured_samples"]
         self._settled = state["settled"]
+        self._retreats = state["retreats"]
         self._measured_run = state["measured_run"]
         self._last_noise_scale = state["noise_scale"]
         update, sq_norm, variance = state["newest"]
@@ -697,6 +713,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "previous": lambda value: value is None or _is_size(value),
     "measured_samples": _is_count,
     "settled": _is_count,
+    "retreats": _is_count,
     "measured_run": _is_count,
     "noise_scale": lambda value: _is_number(value) and not value < 0,
     "noise": lambda value: isinstance(value, list) and len(value) == len(NOISE_MEMORY_FRACTIONS),

@@ -49,7 +49,7 @@ class Measurement:
         part_sq_norms: ``[n]`` squared norms of the mean gradients of the update's ``n`` parts.
         part_sizes: ``[n]`` samples of each part.
         pass_sizes: ``[m]`` samples of each forward/backward pass.
-        pass_seconds: ``[m]`` time of each pass, its share of the wait for data included.
+        pass_seconds: ``[m]`` time of each pass; on several ranks its share of the wait for data is included.
         sq_norm: squared norm of the mean gradient over all parts.
         noise_scale: ``phi = tr(Sigma) / |G|^2`` in samples, smoothed.
         grad_sq_norm: ``|G|^2``, smoothed and unbiased.

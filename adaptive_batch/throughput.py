@@ -54,6 +54,12 @@ class _Curve:
         self._rings[key] = ring
         self._points = self._affine = None
 
+    def forget_above(self, samples: float) -> None:
+        """Drops the rings of larger sizes."""
+        kept = {key: ring for key, ring in self._rings.items() if median_low(n for n, _ in ring) <= samples}
+        if len(kept) < len(self._rings):
+            self._rings, self._points, self._affine = kept, None, None
+
     def _make_room(self) -> None:
         if len(self._rings) < _MOST_SIZES:
             return
@@ -148,6 +154,16 @@ class StepTimeModel:
     def measured(self) -> list[int]:
         """Sizes of update with enough observations, ascending."""
         return [point.samples for point in self._updates.points]
+
+    @property
+    def wants_passes(self) -> bool:
+        """Whether times of passes would make the slope better known: while updates have none, and few were timed."""
+        timed = sum(1 for _ in self._passes.observations)
+        return timed < _RING and math.isnan(self._updates.affine[1])
+
+    def forget_above(self, samples: float) -> None:
+        """Drop what is known of updates over more than ``samples``, and as many more as count as the same size."""
+        self._updates.forget_above(_APART * samples)
 
     @property
     def alpha(self) -> float:

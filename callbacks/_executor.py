@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 __all__ = ["UpdateExecutor"]
 
+_UNEQUAL = 4
+_FEWEST = 1
+"""To time passes of two sizes, an update is split into a quarter, of one sample at least, and the rest."""
+
 WeightFn = Callable[[Any, Any], "float | Tensor"]
 _Norms = PartNorms | PerExampleNorms | ShardedNorms
 
@@ -175,12 +179,13 @@ class UpdateExecutor:
         Args:
             measure: record the squared norms of this one's parts.
             watch: record the squared norm of its gradient, measured or not.
-            time_parts: if it would be measured without being split, time passes of two sizes: unequal parts of it, or
-                passes on the side where nothing may be split.
+            time_parts: time passes of two sizes: unequal parts of this one, which is not measured then, as that would
+                take time too; or passes on the side, if it is measured and nothing may be split.
         """
-        self._measure = measure and self._measurable()
-        if self._measure:
+        self._in_turns = time_parts and self._may_split_on_purpose
+        if self._in_turns:
             self._few_first = not self._few_first  # by turns, as the first part also clears the gradients
+        self._measure = measure and not self._in_turns and self._measurable()
         self._watch = watch and self._noise != "probe" and self._unmeasured is None
         self._time_parts = time_parts
         self.disturbed = False  # hooks or passes on the side made it longer than others are
@@ -237,13 +242,17 @@ class UpdateExecutor:
     def _sizes_now(self) -> list[int]:
         """Samples of each pass of the batch at hand."""
         sizes = self._sizes(split=self._splits_to_measure)
-        by_example = self._measure and self._automatic and self._noise == "per_example"
-        may_split = self._splits and self._is_whole_update and len(sizes) == 1 and sizes[0] >= 4
-        if by_example and may_split and self._time_parts:
-            few = sizes[0] // 4
-            unequal = [few, sizes[0] - few]  # two sizes, which tell what a sample costs and what a pass
-            return unequal if self._few_first else unequal[::-1]
-        return sizes
+        if not self._in_turns or len(sizes) > 1 or sizes[0] < _FEWEST * _UNEQUAL:
+            return sizes
+        few = sizes[0] // _UNEQUAL
+        unequal = [few, sizes[0] - few]  # two sizes, which tell what a sample costs and what a pass
+        return unequal if self._few_first else unequal[::-1]
+
+    @property
+    def _may_split_on_purpose(self) -> bool:
+        """Where the user does not ask for a measurement that changes nothing, and no layer looks across the batch."""
+        asked = self._noise == "micro_batches" or (self._automatic and self._without_examples == "micro_batches")
+        return asked and self._splits and not self._sharded and self._is_whole_update
 
     def _parts_over_ranks(self) -> list[int]:
         """Samples of each part of an update that every rank splits for the noise."""
@@ -282,8 +291,11 @@ class UpdateExecutor:
 
     def _run(self, closure: Any, plain: Callable[[], Any], kwargs: Mapping[str, Any], batch_idx: int) -> Any:
         """The batch's gradients and outputs, attempted in ever smaller parts while memory runs out."""
+        if self._in_turns:
+            self.disturbed = True
         if self._measure and self.ranks == 1 and not self._sharded:
-            self.disturbed = self._noise != "micro_batches"
+            split = self._splits_to_measure and len(self._sizes(split=False)) == 1
+            self.disturbed = split or self._noise != "micro_batches"
             if self._time_parts and self._splits and self._noise == "probe":
                 self._time_passes(kwargs)
             if self._noise == "probe":
@@ -364,7 +376,7 @@ class UpdateExecutor:
             for size in (self._samples, half):
                 started = mark(self._device)
                 self._trial_pass(trial, kwargs, size)
-                self.pass_seconds.append(Elapsed(started, mark(self._device), self._wait * size / self._samples))
+                self.pass_seconds.append(Elapsed(started, mark(self._device)))
                 self.pass_sizes.append(size)
                 trial.rewind()
 
@@ -398,8 +410,9 @@ class UpdateExecutor:
                 result = parts.joined()
         if log is not None:
             log.commit(parts)
-        # A whole pass also does what belongs to the update: it cannot stand beside passes over unequal parts.
-        if len(sizes) > 1 or self._noise == "micro_batches":
+        # A whole pass also does what belongs to the update, a measured one more than that: neither tells the time of
+        # a part. Several ranks compare how long their passes take.
+        if norms is None and (len(sizes) > 1 or self.ranks > 1):
             self.pass_sizes += sizes
             self.pass_seconds += passes.seconds
         self.micro_batch_size = max(self.micro_batch_size, sizes[0])
@@ -556,12 +569,14 @@ class _Passes:
     def __init__(self, executor: UpdateExecutor, sizes: list[int]) -> None:
         self._executor = executor
         self._device = executor._trainer.strategy.root_device
-        self._wait_per_sample = executor._wait / executor._samples
+        # A rank that waits longer for its data is a slower one; but whether a larger batch takes longer to fetch, or
+        # only its samples are more, a wait does not tell.
+        self._wait_per_sample = executor._wait / executor._samples if executor.ranks > 1 else 0.0
         self.sizes = sizes
         self.seconds: list[Elapsed] = []
 
     def run(self, index: int, run: Callable[[], Any]) -> Any:
-        """Run part ``index``; its share of the wait for data counts as its own."""
+        """Run part ``index``."""
         size = self.sizes[index]
         started = mark(self._device)
         result = self._executor._memory.measured(size, run) if self._executor.measures_memory(size) else run()

@@ -58,6 +58,8 @@ _NO_GRADIENTS = (
 _DATA_FRACTION = 10
 _UNKNOWN_LENGTH_GROWTH = 64
 _NAMED_SHARES = 8
+_TIMED_EVERY = 3
+"""Updates between two that run in parts while nothing else tells what a sample costs."""
 _MEMORY_EVERY = 100
 """Updates between two readings of the process's resident size, which the system is slow to tell."""
 
@@ -460,9 +462,10 @@ class AdaptiveBatchSize(CallbackBase):
         if not self._window:
             self._window_started = now - waited
             noise = not self._manual and "noise" in self._controller.needs
-            measure = noise and measures_noise(self._updates, self._executor.noise_schedule)
             self._executor.start_update(
-                measure=measure, watch=noise, time_parts=measure and self._controller.times_parts
+                measure=noise and measures_noise(self._updates, self._executor.noise_schedule),
+                watch=noise,
+                time_parts=self._updates % _TIMED_EVERY == _TIMED_EVERY - 1 and self._controller.times_parts,
             )
             self._window_rows = self._window_samples = 0
         self._window.append(draw)
