@@ -68,9 +68,11 @@ class SampleClock:
         target = math.ceil(position / (plain.batch_size * plain.accumulate))
         if plain.updates is not None:
             target = plain.updates if last else min(target, plain.updates)
+        if target <= self.taken:
+            return []
         due = [_batch_index(step, plain) for step in range(self.taken + 1, target + 1)]
         due = due[: int(max(0, min(len(due), self.horizon - self.total)))]
-        self.taken = max(self.taken, target)
+        self.taken = target
         self.total += len(due)
         return due
 

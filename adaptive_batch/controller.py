@@ -30,7 +30,7 @@ MIN_DWELL = 20
 SETTLE = 2
 """Updates at a new size that are not timed: autotuning, recompilation and caches belong to the change."""
 
-RETRY = 256
+RETRY = 512
 """Updates after which what is known of larger sizes than the one that was gone back to is forgotten, twice as many each
 time: the machine may have been slow just then, and a size that is not in use is not timed again."""
 
@@ -156,7 +156,7 @@ class BatchSizeController:
         self._settled = 0
         self._retreats = 0
         self._measured_run = 0
-        self._last_noise_scale = math.nan
+        self._rate_noise_scale = math.nan
         self._newest = (0, math.nan, math.nan)  # update, |G|^2 and tr(Sigma) of the last measured one
 
     @property
@@ -194,11 +194,12 @@ class BatchSizeController:
 
     @property
     def noise_scale(self) -> float:
-        """The last identified noise scale in samples, or the least that later evidence allows if that is more.
+        """The noise scale that the learning rate follows, in samples: the last that the evidence allows at least.
 
-        ``NaN`` before there is one.
+        That is the lower end of the interval, for a rate that is too high diverges, and one that is too low only takes
+        longer. ``NaN`` before there is one.
         """
-        return self._last_noise_scale
+        return self._rate_noise_scale
 
     @property
     def times_parts(self) -> bool:
@@ -226,7 +227,7 @@ class BatchSizeController:
 
     def _rule_factor(self, batch_size: float) -> float:
         assert self.reference_batch_size is not None
-        return self.lr_scaling.factor(batch_size, self.reference_batch_size, self._last_noise_scale)
+        return self.lr_scaling.factor(batch_size, self.reference_batch_size, self._rate_noise_scale)
 
     def group_values(self, batch_size: float, factor: float) -> GroupValues | None:
         """What else the rule sets in each parameter group for an update; ``None`` where it sets nothing.
@@ -295,13 +296,9 @@ class BatchSizeController:
             losses.append((m.batch_size, loss))
             del numbers[: len(norms) + 2]
         self._pending.clear()
-        noise_scale = self.noise.noise_scale
-        if math.isfinite(noise_scale):
-            self._last_noise_scale = noise_scale
-        else:
-            least = _least_noise_scale(self.noise.grad_sq_norm, self.noise.interval(EVIDENCE))
-            if least is not None and not least <= self._last_noise_scale:
-                self._last_noise_scale = least
+        least = _least_noise_scale(self.noise.grad_sq_norm, self.noise.interval(EVIDENCE))
+        if least is not None:
+            self._rate_noise_scale = least
         known = [(size, loss) for size, loss in losses if math.isfinite(loss)]
         return sum(size * loss for size, loss in known) / sum(size for size, _ in known) if known else math.nan
 
@@ -387,49 +384,48 @@ class BatchSizeController:
         return answer
 
     def _answer(self, m: Measurement) -> Decision | _Stay:
-        if self.careful:
-            return self._careful_answer(m)
-        proposal = self._proposal(m)
+        proposal = self._proposal(self.policy, m)
         if not math.isfinite(proposal):
-            return _not_finite(proposal)
+            return _Stay("no proposal", f"the policy proposed {proposal}")
+        if self.careful:
+            return self._careful_answer(m, proposal)
         size = self._clamp(proposal)
         if size == m.batch_size:
             return _Stay()
         return Decision(size, m.batch_size, f"{m.batch_size} -> {size}: {self._words(m, size, proposal)}")
 
-    def _proposal(self, m: Measurement) -> float:
-        proposal: object = self.policy.propose(m)
+    def _proposal(self, policy: Policy, m: Measurement) -> float:
+        proposal: object = policy.propose(m)
         try:
             own = float(proposal)  # type: ignore[arg-type]  # refused below
             return own if self.agree is None else self.agree(own)
         except (TypeError, ValueError):
             raise TypeError(
-                f"{_name(self.policy)} proposed {proposal!r}, which is no batch size; return a number of samples."
+                f"{_name(policy)} proposed {proposal!r}, which is no batch size; return a number of samples."
             ) from None
 
-    def _careful_answer(self, m: Measurement) -> Decision | _Stay:
-        m, identified = self._with_least_noise_scale(m), math.isfinite(m.noise_scale)
-        proposal = self._proposal(m)
-        if not math.isfinite(proposal):
-            return _not_finite(proposal)
+    def _careful_answer(self, m: Measurement, proposal: float) -> Decision | _Stay:
         bounded = self._clamp(m.batch_size)
         if bounded != m.batch_size:
             bound = "min_batch_size" if bounded > m.batch_size else "max_batch_size"
             return Decision(bounded, m.batch_size, f"{m.batch_size} -> {bounded}: {bound} is {bounded}")
-        if "noise" not in self.policy_needs or identified:
-            return self._evident_answer(m, proposal)
-        answer = self._evident_answer(m, proposal) if math.isfinite(m.noise_scale) else _Stay()
-        return answer if isinstance(answer, Decision) else self._without_noise_scale(m)
+        if "noise" in self.policy_needs and not math.isfinite(m.noise_scale):
+            return self._unidentified_answer(m)
+        return self._evident_answer(m, proposal)
 
-    def _with_least_noise_scale(self, m: Measurement) -> Measurement:
-        """The measurement with the least noise scale that is possible in the place of one that is not identified.
+    def _unidentified_answer(self, m: Measurement) -> Decision | _Stay:
+        """A noise scale that is not identified may still be large beyond doubt.
 
-        A change that is right for all noise scales from there to infinity has all the evidence that it needs.
+        A change that is right for all noise scales from the least that is possible to infinity has all the evidence
+        that it needs. Only built-in policies are asked about it: others may count how often they are asked.
         """
         least = _least_noise_scale(m.grad_sq_norm, m.interval)
-        if math.isfinite(m.noise_scale) or least is None or "noise" not in self.policy_needs:
-            return m
-        return replace(m, noise_scale=least, interval=(least, math.inf))
+        if least is not None and is_measured(self._active):
+            m = replace(m, noise_scale=least, interval=(least, math.inf))
+            answer = self._evident_answer(m, self._proposal(self._active, m))
+            if isinstance(answer, Decision):
+                return answer
+        return self._without_noise_scale(m)
 
     def _evident_answer(self, m: Measurement, proposal: float) -> Decision | _Stay:
         """A change that time, dwell and evidence allow."""
@@ -569,7 +565,7 @@ class BatchSizeController:
             "settled": self._settled,
             "retreats": self._retreats,
             "measured_run": self._measured_run,
-            "noise_scale": self._last_noise_scale,
+            "noise_scale": self._rate_noise_scale,
             "newest": list(self._newest),
             "noise": [noise.state_dict() for noise in self._noises],
             "inner_products": self.inner_products.state_dict(),
@@ -609,22 +605,18 @@ class BatchSizeController:
         self._settled = state["settled"]
         self._retreats = state["retreats"]
         self._measured_run = state["measured_run"]
-        self._last_noise_scale = state["noise_scale"]
+        self._rate_noise_scale = state["noise_scale"]
         update, sq_norm, variance = state["newest"]
         self._newest = (update, sq_norm, variance)
 
 
 def _least_noise_scale(grad_sq_norm: float, interval: tuple[float, float]) -> float | None:
-    """The least that a noise scale can be that is not identified; ``None`` where nothing tells.
+    """The least that the noise scale can be, identified or not; ``None`` where nothing tells.
 
-    Where the estimate of ``|G|^2`` is not even positive, nothing does.
+    Nothing does where the estimate of ``|G|^2`` is not even positive, and no end of an interval says more than 0.
     """
-    low = interval[0]
-    return low if grad_sq_norm > 0 and 0 < low < math.inf else None
-
-
-def _not_finite(proposal: float) -> _Stay:
-    return _Stay("no proposal", f"the policy proposed {proposal}")
+    low, high = interval
+    return low if grad_sq_norm > 0 and low < math.inf and (low > 0 or high < math.inf) else None
 
 
 def check_bounds(min_batch_size: int | None, max_batch_size: int | None) -> None:

@@ -162,8 +162,9 @@ class StepTimeModel:
         return timed < _RING and math.isnan(self._updates.affine[1])
 
     def forget_above(self, samples: float) -> None:
-        """Drop what is known of updates over more than ``samples``, and as many more as count as the same size."""
+        """Drop what is known of updates and passes over more than ``samples``, or what counts as the same size."""
         self._updates.forget_above(_APART * samples)
+        self._passes.forget_above(_APART * samples)
 
     @property
     def alpha(self) -> float:

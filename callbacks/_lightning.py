@@ -698,13 +698,15 @@ class StepLog:
         self._trainer = trainer
         self._fx = fx
         self._logged: dict[str, float] = {}
+        self._keys: dict[str, str] = {}
 
     def __call__(self, values: Mapping[str, float]) -> None:
         """Log ``values`` for the step at hand."""
         results = self._trainer.fit_loop.epoch_loop._results
         before, self._logged = self._logged, dict(values)
         for name, value in values.items():
-            metric = results.get(f"{self._fx}.{name}")
+            key = self._keys.get(name) or self._keys.setdefault(name, f"{self._fx}.{name}")
+            metric = results.get(key)
             if metric is None or metric.has_reset:
                 self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
             elif value != (old := before.get(name)) and not (value != value and old != old):  # NaN is no change

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -429,6 +430,8 @@ class AdaptiveBatchSize(CallbackBase):
                 "train_dataloader."
             )
         self._controller.check_optimizer(trainer.optimizers[0])
+        # MemoryMonitor measures every update.
+        self._memory_is_logged = any(isinstance(c, MemoryMonitor) for c in _lightning.callbacks_of(trainer))
         self._books.sync()
         self._began = True
 
@@ -454,7 +457,7 @@ class AdaptiveBatchSize(CallbackBase):
         assert self._books is not None
         self._run_state.results.join()
         self._draw_at_hand = draw = self._draw_of(trainer, batch)
-        now = _host_now()
+        now = time.perf_counter()
         waited = 0.0 if self._host_mark is None else now - self._host_mark
         if self._update_mark is None:
             self._update_mark = mark(trainer.strategy.root_device)
@@ -626,7 +629,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._books.end_batch(self._before, self._position, last=last)
         self._run_state.results.join()
         self._draw_at_hand = None
-        self._host_mark = _host_now()
+        self._host_mark = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The sampler's next draw starts another epoch; checkpoints of the epoch's end are saved after this."""
@@ -657,7 +660,7 @@ class AdaptiveBatchSize(CallbackBase):
             pass_seconds=self._executor.pass_seconds,
             sq_norm=self._executor.sq_norm,
         )
-        seconds = _host_now() - self._window_started
+        seconds = time.perf_counter() - self._window_started
         self._window.clear()
         decision = self._controller.observe(measurement)
         if decision is not None:
@@ -735,19 +738,18 @@ class AdaptiveBatchSize(CallbackBase):
         )
         self.history.add(update)
         values = {
-            "batch_size": float(nominal),  # an epoch's short tail is in the history, not in the curve
-            "micro_batch_size": float(update.micro_batch_size),
-            "noise_scale": noise.noise_scale,
-            "grad_sq_norm": noise.grad_sq_norm,
-            "grad_variance": noise.grad_variance,
-            "lr_scale": update.lr_scale,
-            "throughput": update.throughput,
-            "peak_memory": self._peak_memory(),
-            "samples": float(self._samples),
+            "adaptive_batch/batch_size": float(nominal),  # an epoch's short tail is in the history, not in the curve
+            "adaptive_batch/micro_batch_size": float(update.micro_batch_size),
+            "adaptive_batch/noise_scale": noise.noise_scale,
+            "adaptive_batch/grad_sq_norm": noise.grad_sq_norm,
+            "adaptive_batch/grad_variance": noise.grad_variance,
+            "adaptive_batch/lr_scale": update.lr_scale,
+            "adaptive_batch/throughput": update.throughput,
+            "adaptive_batch/samples": float(self._samples),
         }
-        if any(isinstance(callback, MemoryMonitor) for callback in _lightning.callbacks_of(trainer)):
-            del values["peak_memory"]  # it measures every update
-        self._log({f"adaptive_batch/{name}": value for name, value in values.items()})
+        if not self._memory_is_logged:
+            values["adaptive_batch/peak_memory"] = self._peak_memory()
+        self._log(values)
 
     def _peak_memory(self) -> float:
         """Bytes of the largest measured pass; the process's resident size where no pass is measured."""
@@ -885,7 +887,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._window = [Draw(*draw) for draw in state["window"]]
         if not self._window:
             return
-        self._window_started, self._window_rows = _host_now(), sum(draw.size for draw in self._window)
+        self._window_started, self._window_rows = time.perf_counter(), sum(draw.size for draw in self._window)
         self._window_samples = self._window_rows
         self._executor.start_update(measure=False)
         if whole:
@@ -944,9 +946,3 @@ def _loss(outputs: Any, accumulate: int) -> Tensor | float:
 
 def _on_host(trainer: Trainer) -> bool:
     return trainer.strategy.root_device.type == "cpu"
-
-
-def _host_now() -> float:
-    now = mark(torch.device("cpu"))
-    assert isinstance(now, float)
-    return now

@@ -254,3 +254,25 @@ def test_a_state_that_is_none_is_refused_and_changes_nothing(state):
     with pytest.raises(ValueError, match="StepTimeModel state"):
         model.load_state_dict(state)
     assert model.state_dict() == before
+
+
+def test_what_is_forgotten_of_larger_sizes_is_expected_from_the_smaller_ones_again():
+    model = model_of([32, 64])
+    for _ in range(3):
+        model.update(128, 10.0)
+    assert model.predict(128) == 10.0
+    model.forget_above(64)
+    assert model.measured == [32, 64]
+    assert model.predict(128) == pytest.approx(affine(128))
+    model.forget_above(64)
+    assert model.measured == [32, 64]
+
+
+def test_passes_are_wanted_until_enough_were_timed_or_updates_of_two_sizes_were():
+    model = model_of([32])
+    assert model.wants_passes
+    for _ in range(16):
+        model.update_pass(8, affine(8))
+        model.update_pass(24, affine(24))
+    assert not model.wants_passes
+    assert not model_of([32, 64]).wants_passes
