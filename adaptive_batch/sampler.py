@@ -179,9 +179,10 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         ``iter(loader)``, which draws a seed for the workers.
         """
         if self._resume is not None:
-            return {**self._resume, "batch_size": self.batch_size}
+            return {**self._resume, "batch_size": self.batch_size, "weights": self._listed_weights()}
         state: dict[str, Any] = {
             "batch_size": self.batch_size,
+            "weights": self._listed_weights(),
             "consumed": 0,
             "sizes": [],
             "in_flight": [],
@@ -199,8 +200,11 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
             state["order"] = self._epoch.order
         return state
 
+    def _listed_weights(self) -> list[int] | None:
+        return None if self.weights is None else list(self.weights)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state, also one of another number of ranks.
+        """Continue from a state, also one of another number of ranks, which then share alike.
 
         A state inside an epoch takes effect at the next draw; one between epochs puts back the sampler's
         generator at once, as the loader may draw from it before the sampler does.
@@ -211,6 +215,8 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         has_generator = get_generator(self._source()) is not None
         loaded = _check_state(state, self.world_size, has_generator=has_generator)
         self.batch_size = loaded["batch_size"]
+        weights = loaded["weights"]
+        self.weights = tuple(weights) if weights is not None and len(weights) == self.world_size else None
         self._epoch = None
         self._resume = loaded if loaded["order"] is not None else None
         self._notice_consumer()
@@ -530,13 +536,18 @@ def _check_batch_size(value: object, world_size: int) -> int:
 
 
 def _check_state(state: Mapping[str, Any], world_size: int, *, has_generator: bool) -> dict[str, Any]:
-    missing = {"batch_size", "consumed", "sizes", "in_flight", "ended", "order", "generator"} - set(state)
+    missing = {"batch_size", "weights", "consumed", "sizes", "in_flight", "ended", "order", "generator"} - set(state)
     if missing:
         raise ValueError(f"The sampler's state lacks {sorted(missing)}; load what its state_dict() returned.")
     _check_batch_size(state["batch_size"], world_size)
     order = state["order"]
     if order is not None and set(order) != {"torch", "numpy", "python", "generator", "epoch"}:
         raise ValueError(f"The sampler's state has an order of {sorted(order)}; load what its state_dict() returned.")
+    weights = [] if state["weights"] is None else state["weights"]
+    if not isinstance(weights, list) or not all(isinstance(n, int) and n > 0 for n in weights):
+        raise ValueError(
+            f"The sampler's state has weights={weights!r}; it must be one positive number per rank, or None."
+        )
     pairs = [*state["sizes"], *state["in_flight"]]
     if not all(len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair) for pair in pairs):
         raise ValueError(f"The sampler's state has sizes {pairs!r} that are not pairs of positive numbers.")

@@ -831,10 +831,16 @@ class AdaptiveBatchSize(CallbackBase):
 
     def _take_up(self, state: Mapping[str, Any]) -> None:
         """The loader's side of a checkpoint."""
-        assert self._sampler is not None and self._clock is not None
-        self._sampler.load_state_dict(state["sampler"])
+        assert self._clock is not None
+        self._load_sampler(state)
         self._clock.load_state_dict(state["clock"])
         self._taken_up = True
+
+    def _load_sampler(self, state: Mapping[str, Any]) -> None:
+        assert self._sampler is not None
+        self._sampler.load_state_dict(state["sampler"])
+        if not self._balance_ranks:
+            self._sampler.weights = None
 
     def _go_on(self) -> None:
         """From a checkpoint: before the loop looks where it is, and again when it is there."""
@@ -862,7 +868,7 @@ class AdaptiveBatchSize(CallbackBase):
         assert self._trainer is not None and self._sampler is not None and self._books is not None
         trainer, ranks = self._trainer, state["ranks"]
         if not inside:
-            self._sampler.load_state_dict(state["sampler"])  # an iterator that is thrown away has drawn from it
+            self._load_sampler(state)  # an iterator that is thrown away has drawn from it
             self._sampler.end_epoch()
         same_ranks = len(ranks) == trainer.world_size
         if trainer.global_rank < len(ranks):

@@ -470,11 +470,28 @@ def test_a_state_continues_on_another_number_of_ranks(before, after):
     assert [len(b) for b in rest[:3]] == [8, 8, 8]
 
 
+def test_the_ranks_shares_are_kept_by_as_many_ranks_and_dropped_by_others():
+    def rank(of):
+        return AdaptiveBatchSampler(range(60), 12, rank=0, world_size=of)
+
+    one = rank(2)
+    one.weights = (3, 1)
+    next(iter(one))
+    state = saved(one.state_dict())
+    again, elsewhere = rank(2), rank(3)
+    for sampler in (again, elsewhere):
+        sampler.load_state_dict(state)
+    assert (again.weights, elsewhere.weights) == ((3, 1), None)
+    assert (len(next(iter(again))), len(next(iter(elsewhere)))) == (9, 4)
+    assert saved(again.state_dict())["weights"] == [3, 1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"batch_size": 0}, "batch_size=0 is not a whole number"),
         ({"consumed": -1}, "consumed=-1"),
+        ({"weights": [1, 0]}, r"weights=\[1, 0\]"),
         ({"sizes": [[0, 1]]}, "not pairs of positive numbers"),
         ({"in_flight": [[4]]}, "not pairs of positive numbers"),
         ({"order": {"torch": 1}}, "has an order of"),
