@@ -156,7 +156,7 @@ class BatchSizeController:
         self._settled = 0
         self._retreats = 0
         self._measured_run = 0
-        self._rate_noise_scale = math.nan
+        self._last_noise_scale = self._rate_noise_scale = math.nan
         self._newest = (0, math.nan, math.nan)  # update, |G|^2 and tr(Sigma) of the last measured one
 
     @property
@@ -194,7 +194,12 @@ class BatchSizeController:
 
     @property
     def noise_scale(self) -> float:
-        """The noise scale that the learning rate follows, in samples: the last that the evidence allows at least.
+        """The last identified noise scale in samples, ``NaN`` before there is one."""
+        return self._last_noise_scale
+
+    @property
+    def rate_noise_scale(self) -> float:
+        """The noise scale that the learning rate follows: the least that the evidence allowed when it last told.
 
         That is the lower end of the interval, for a rate that is too high diverges, and one that is too low only takes
         longer. ``NaN`` before there is one.
@@ -296,7 +301,10 @@ class BatchSizeController:
             losses.append((m.batch_size, loss))
             del numbers[: len(norms) + 2]
         self._pending.clear()
-        least = _least_noise_scale(self.noise.grad_sq_norm, self.noise.interval(EVIDENCE))
+        noise = self.noise
+        if noise.identified:
+            self._last_noise_scale = noise.noise_scale
+        least = _least_noise_scale(noise.grad_sq_norm, noise.interval(EVIDENCE))
         if least is not None:
             self._rate_noise_scale = least
         known = [(size, loss) for size, loss in losses if math.isfinite(loss)]
@@ -565,7 +573,8 @@ class BatchSizeController:
             "settled": self._settled,
             "retreats": self._retreats,
             "measured_run": self._measured_run,
-            "noise_scale": self._rate_noise_scale,
+            "noise_scale": self._last_noise_scale,
+            "rate_noise_scale": self._rate_noise_scale,
             "newest": list(self._newest),
             "noise": [noise.state_dict() for noise in self._noises],
             "inner_products": self.inner_products.state_dict(),
@@ -605,7 +614,7 @@ class BatchSizeController:
         self._settled = state["settled"]
         self._retreats = state["retreats"]
         self._measured_run = state["measured_run"]
-        self._rate_noise_scale = state["noise_scale"]
+        self._last_noise_scale, self._rate_noise_scale = state["noise_scale"], state["rate_noise_scale"]
         update, sq_norm, variance = state["newest"]
         self._newest = (update, sq_norm, variance)
 
@@ -708,6 +717,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "retreats": _is_count,
     "measured_run": _is_count,
     "noise_scale": lambda value: _is_number(value) and not value < 0,
+    "rate_noise_scale": lambda value: _is_number(value) and not value < 0,
     "noise": lambda value: isinstance(value, list) and len(value) == len(NOISE_MEMORY_FRACTIONS),
     "newest": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_number, value)),
     "pending": lambda value: isinstance(value, list),

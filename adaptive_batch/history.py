@@ -33,8 +33,7 @@ class Update:
         batch_size: samples of this update, over all ranks and micro-batches.
         micro_batch_size: samples of its largest forward/backward pass.
         lr_scale: factor on the scheduled learning rate.
-        noise_scale: the noise scale that the learning rate follows, in samples: the last that the evidence allows at
-            least.
+        noise_scale: last identified noise scale, in samples.
         throughput: samples per second.
         seconds: wall time, waiting for data included.
         loss: mean loss, where it was read.

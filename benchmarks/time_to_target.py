@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from workloads import WORKLOADS, Rows, Workload, as_it_is
+from workloads import adam as adam_of_workloads
 
 from adaptive_batch.callbacks import AdaptiveBatchSize
-from adaptive_batch.policies import GeometricGrowth, LinearRamp
+from adaptive_batch.policies import CriticalBatchWarmup, GeometricGrowth, LinearRamp, Milestones
 
 START = 32
 
@@ -132,6 +133,7 @@ def tuned(**arguments: Any) -> Callable[[], AdaptiveBatchSize]:
 ADAPTIVE: dict[str, Callable[[], AdaptiveBatchSize]] = {
     "default": tuned(),
     **{f"goodput, {rule}": tuned(lr_scaling=rule) for rule in ("linear", "sqrt", "adascale", "adamscale", "none")},
+    "goodput, sde": tuned(lr_scaling="sde", max_batch_size=9 * START),
     "goodput, by parts": tuned(noise="micro_batches"),
 }
 POLICIES: dict[str, Callable[[], AdaptiveBatchSize]] = {
@@ -139,12 +141,16 @@ POLICIES: dict[str, Callable[[], AdaptiveBatchSize]] = {
         name: tuned(policy=name)
         for name in (
             "noise_scale", "norm_test", "inner_product_test", "big_batch", "cabs", "gradient_diversity",
-            "loss_proportional",
+            "loss_proportional", "plateau",
         )
     },
+    "critical_batch_warmup": tuned(policy=CriticalBatchWarmup(lambda samples: samples / 100)),
+    "milestones": tuned(policy=Milestones({10_000: 128, 40_000: 256}, unit="samples")),
     "linear_ramp": tuned(policy=LinearRamp(32, 512, 100_000)),
     "geometric_growth": tuned(policy=GeometricGrowth(2.0, every=20_000, unit="samples")),
 }  # fmt: skip
+WITH_DECAY: dict[str, Callable[[], AdaptiveBatchSize]] = {name: tuned(policy=name) for name in ("dont_decay", "seesaw")}
+RULES_OF_ADAM = ("goodput, adamscale", "goodput, sde")
 
 
 def run(name: str, workload: Workload, data: Any, seed: int) -> dict[str, Any]:
@@ -153,6 +159,8 @@ def run(name: str, workload: Workload, data: Any, seed: int) -> dict[str, Any]:
     if name == "decay":
         size, lr, horizon = workload.decay
         return train(workload, data, seed, batch_size=size, lr=lr, horizon=horizon)
+    if name in WITH_DECAY:
+        return train(workload, data, seed, horizon=workload.decay[2], adaptive=WITH_DECAY[name]())
     return train(workload, data, seed, adaptive={**ADAPTIVE, **POLICIES}[name]())
 
 
@@ -196,7 +204,12 @@ def table(results: list[dict[str, Any]]) -> None:
 
 
 def wanted(arguments: argparse.Namespace, workload: Workload) -> Iterable[str]:
-    return arguments.variants or [*(f"fixed {size}" for size in workload.rates), "decay", *ADAPTIVE, *POLICIES]
+    chosen: list[str] | None = arguments.variants
+    if chosen:
+        return chosen
+    adam = workload.optimizer is adam_of_workloads
+    rules = [name for name in ADAPTIVE if adam or name not in RULES_OF_ADAM]
+    return [*(f"fixed {size}" for size in workload.rates), "decay", *rules, *POLICIES, *WITH_DECAY]
 
 
 def main() -> None:

@@ -561,7 +561,7 @@ class AdaptiveBatchSize(CallbackBase):
         counted = self._counted_samples(_lightning.epoch_ends(self._trainer))
         self._step(lambda: original(batch_idx, closure), counted)
         plain = self._plain
-        worth = gain(self._counted, self._reference, self._controller.noise_scale)
+        worth = gain(self._counted, self._reference, self._controller.rate_noise_scale)
         if self._clock is not None:
             last = _lightning.epoch_ends(self._trainer)
             self._due = self._clock.advance(plain, self._position, worth, last=last)

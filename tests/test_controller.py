@@ -219,7 +219,7 @@ class TestGoodputInSimulation:
         run = Run(controller_of(), jitter=0.0, edit=with_estimates(45.0, spread=0.9)).steps(40)
         assert run.changes == []
         assert run.notes[-1].endswith("does not rule out a loss of goodput at 64")
-        assert run.controller.noise.noise_scale == pytest.approx(45, rel=0.2)
+        assert run.controller.noise_scale == pytest.approx(45, rel=0.2)
         certain = Run(controller_of(), jitter=0.0, edit=with_estimates(45.0)).steps(40)
         assert [d.batch_size for d in decisions(certain)] == [64]
 
@@ -657,7 +657,7 @@ class TestWhatAPolicySees:
         run = Run(controller_of(), phi=100.0).steps(600)
         low, high = run.controller.noise.interval(0.95)
         assert 30 < low < 100 < high
-        assert run.controller.noise_scale == low
+        assert (run.controller.rate_noise_scale, run.controller.noise_scale) == (low, run.controller.noise.noise_scale)
         assert run.controller.lr_factor(64) == pytest.approx((1 + low / 32) / (1 + low / 64))
 
     def test_the_factor_keeps_the_last_noise_scale_while_nothing_tells(self):
@@ -670,12 +670,12 @@ class TestWhatAPolicySees:
 
         run = Run(controller_of(), phi=100.0, edit=edit).steps(300)
         negative = True
-        known = run.controller.noise_scale
-        while run.controller.noise.grad_sq_norm > 0 or not run.controller.noise.measurements:
-            known = run.controller.noise_scale
+        known = run.controller.rate_noise_scale
+        while run.controller.noise.grad_sq_norm > 0:
+            known = run.controller.rate_noise_scale
             run.steps(10)
         run.steps(100)
-        assert run.controller.noise_scale == known > 0
+        assert run.controller.rate_noise_scale == known > 0
 
 
 def reloaded(state: dict[str, Any]) -> Any:
