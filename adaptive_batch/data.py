@@ -108,7 +108,7 @@ def _adaptive_sampler(batch_sampler: Any, rank: int, world_size: int) -> Adaptiv
         return batch_sampler
     ranks = {"rank": rank, "world_size": world_size}
     order = _global_order(getattr(batch_sampler, "sampler", None), world_size)
-    if isinstance(batch_sampler, BatchSampler) and type(batch_sampler).__iter__ is BatchSampler.__iter__:
+    if _batches_as_torch_does(batch_sampler):
         size = batch_sampler.batch_size * world_size
         return AdaptiveBatchSampler(order, size, batch_sampler.drop_last, **ranks)
     if not is_resizable(batch_sampler):
@@ -118,6 +118,13 @@ def _adaptive_sampler(batch_sampler: Any, rank: int, world_size: int) -> Adaptiv
             " batch_size instead."
         )
     return UserBatchSampler(batch_sampler, order=order, **ranks)
+
+
+def _batches_as_torch_does(batch_sampler: Any) -> bool:
+    """Whether it is torch's own, or the one of torchdata's ``StatefulDataLoader``, which differs in its state alone."""
+    kind = type(batch_sampler)
+    plain = kind.__iter__ is BatchSampler.__iter__ or kind.__module__ == "torchdata.stateful_dataloader.sampler"
+    return isinstance(batch_sampler, BatchSampler) and plain
 
 
 def _global_order(sampler: Any, world_size: int) -> Any:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytorch_lightning as pl
 import torch
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader
 from workloads import WORKLOADS, Rows, Workload, as_it_is
 from workloads import adam as adam_of_workloads
 
+from adaptive_batch import controller
 from adaptive_batch.callbacks import AdaptiveBatchSize
 from adaptive_batch.policies import CriticalBatchWarmup, GeometricGrowth, LinearRamp, Milestones
 
@@ -150,6 +152,21 @@ POLICIES: dict[str, Callable[[], AdaptiveBatchSize]] = {
     "geometric_growth": tuned(policy=GeometricGrowth(2.0, every=20_000, unit="samples")),
 }  # fmt: skip
 WITH_DECAY: dict[str, Callable[[], AdaptiveBatchSize]] = {name: tuned(policy=name) for name in ("dont_decay", "seesaw")}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "promise 2 %": {"MIN_PROMISE": 0.02},
+    "promise 10 %": {"MIN_PROMISE": 0.1},
+    "dwell 10": {"MIN_DWELL": 10},
+    "dwell 40": {"MIN_DWELL": 40},
+    "evidence 80 %": {"EVIDENCE": 0.8, "IDENTIFIED_AT": 0.8},
+    "evidence 99 %": {"EVIDENCE": 0.99, "IDENTIFIED_AT": 0.99},
+    "memory 1/64, 1/16": {"NOISE_MEMORY_FRACTIONS": (1 / 64, 1 / 16)},
+    "memory 1/4, 1": {"NOISE_MEMORY_FRACTIONS": (1 / 4, 1.0)},
+}
+"""The default with other constants of ``adaptive_batch.controller``."""
+CEILINGS: dict[str, Callable[[Workload, Any], int]] = {
+    "ceiling 1/40": lambda workload, data: len(data[1]) // 40,
+    "ceiling 1/3": lambda workload, data: len(data[1]) // 3,
+}
 RULES_OF_ADAM = ("goodput, adamscale", "goodput, sde")
 
 
@@ -161,7 +178,11 @@ def run(name: str, workload: Workload, data: Any, seed: int) -> dict[str, Any]:
         return train(workload, data, seed, batch_size=size, lr=lr, horizon=horizon)
     if name in WITH_DECAY:
         return train(workload, data, seed, horizon=workload.decay[2], adaptive=WITH_DECAY[name]())
-    return train(workload, data, seed, adaptive={**ADAPTIVE, **POLICIES}[name]())
+    if name in CEILINGS:
+        return train(workload, data, seed, adaptive=tuned(max_batch_size=CEILINGS[name](workload, data))())
+    with patch.multiple(controller, **SETTINGS.get(name, {})):
+        made = ADAPTIVE["default"] if name in SETTINGS else {**ADAPTIVE, **POLICIES}[name]
+        return train(workload, data, seed, adaptive=made())
 
 
 def best_size(workload: Workload, results: list[dict[str, Any]]) -> int:
@@ -209,7 +230,15 @@ def wanted(arguments: argparse.Namespace, workload: Workload) -> Iterable[str]:
         return chosen
     adam = workload.optimizer is adam_of_workloads
     rules = [name for name in ADAPTIVE if adam or name not in RULES_OF_ADAM]
-    return [*(f"fixed {size}" for size in workload.rates), "decay", *rules, *POLICIES, *WITH_DECAY]
+    return [
+        *(f"fixed {size}" for size in workload.rates),
+        "decay",
+        *rules,
+        *POLICIES,
+        *WITH_DECAY,
+        *SETTINGS,
+        *CEILINGS,
+    ]
 
 
 def main() -> None:

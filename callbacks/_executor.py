@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["UpdateExecutor"]
 
 _UNEQUAL = 4
-_FEWEST = 1
-"""To time passes of two sizes, an update is split into a quarter, of one sample at least, and the rest."""
+"""To time passes of two sizes, an update is split into one part in so many of its samples and the rest."""
 
 WeightFn = Callable[[Any, Any], "float | Tensor"]
 _Norms = PartNorms | PerExampleNorms | ShardedNorms
@@ -242,7 +241,7 @@ class UpdateExecutor:
     def _sizes_now(self) -> list[int]:
         """Samples of each pass of the batch at hand."""
         sizes = self._sizes(split=self._splits_to_measure)
-        if not self._in_turns or len(sizes) > 1 or sizes[0] < _FEWEST * _UNEQUAL:
+        if not self._in_turns or len(sizes) > 1 or sizes[0] < _UNEQUAL:
             return sizes
         few = sizes[0] // _UNEQUAL
         unequal = [few, sizes[0] - few]  # two sizes, which tell what a sample costs and what a pass

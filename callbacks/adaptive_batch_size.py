@@ -273,9 +273,8 @@ class AdaptiveBatchSize(CallbackBase):
         if self._manual and "noise" in self._controller.needs:
             warnings.warn(
                 "AdaptiveBatchSize cannot measure the gradient noise in manual optimization, where training_step makes "
-                "the "
-                "backward passes by itself; what needs it stays as it is, so choose a policy and an lr_scaling that do "
-                "not.",
+                "the backward passes by itself; what needs it stays as it is, so choose a policy and an lr_scaling "
+                "that do not.",
                 stacklevel=2,
             )
 
@@ -304,8 +303,7 @@ class AdaptiveBatchSize(CallbackBase):
         if len(self._loaders) > 1:
             raise ValueError(
                 "AdaptiveBatchSize resizes one training DataLoader, but there are several, whose samples have no batch "
-                "size "
-                "in common; let one DataLoader draw from all data sets (torch.utils.data.StackDataset pairs them, "
+                "size in common; let one DataLoader draw from all data sets (torch.utils.data.StackDataset pairs them, "
                 "ConcatDataset chains them)."
             )
         rank, shares = _lightning.data_share(trainer)
@@ -379,8 +377,7 @@ class AdaptiveBatchSize(CallbackBase):
         if sampler.drop_last and not own and samples and largest and largest > samples * plain.accumulate:
             raise ValueError(
                 f"max_batch_size={largest} is more than the {samples} samples of an epoch, which drop_last=True would "
-                "then "
-                "drop; make it smaller."
+                "then drop; make it smaller."
             )
         self._sampler = sampler
         sampler.count_popped()
@@ -426,8 +423,7 @@ class AdaptiveBatchSize(CallbackBase):
         if self._books is None or self._sampler is None:
             raise ValueError(
                 "AdaptiveBatchSize found no training DataLoader to resize; pass one DataLoader to fit, or return one "
-                "from "
-                "train_dataloader."
+                "from train_dataloader."
             )
         self._controller.check_optimizer(trainer.optimizers[0])
         # MemoryMonitor measures every update.
@@ -930,8 +926,7 @@ def _check_supported(trainer: Trainer, pl_module: LightningModule) -> None:
     if trainer.strategy.handles_gradient_accumulation:
         raise ValueError(
             f"AdaptiveBatchSize cannot work with {type(trainer.strategy).__name__}, which accumulates gradients by "
-            "itself; "
-            "use another strategy."
+            "itself; use another strategy."
         )
 
 

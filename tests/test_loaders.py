@@ -116,6 +116,14 @@ class TestSamplers:
         model = run(loader(sampler=SAMPLERS[kind](), **options))
         assert model.epochs == plain.epochs
 
+    @WORKERS
+    def test_those_of_torchdatas_stateful_loader(self, workers: int) -> None:
+        kind = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+        model = run(kind(Recorded(SAMPLES), batch_size=B0, shuffle=True, num_workers=workers))
+        assert_every_sample_once(model)
+        first_epoch = model.sizes[: model.last_batches.index(True) + 1]
+        assert len(set(first_epoch)) > 3, "resized between epochs only"
+
     def test_a_generator_of_the_loader(self) -> None:
         def data() -> DataLoader[Any]:
             return loader(generator=torch.Generator().manual_seed(4), num_workers=2)

@@ -191,6 +191,13 @@ def assert_any_checkpoint_repeats(folder: Path, *, some: int | None, **options: 
     return whole
 
 
+def stateful(**options: Any) -> DataLoader[Any]:
+    """torchdata's loader, which has a state of its own."""
+    kind: Any = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    data: DataLoader[Any] = kind(Recorded(SAMPLES), batch_size=8, shuffle=True, **options)
+    return data
+
+
 SETUPS: dict[str, dict[str, Any]] = {
     "cosine": {"scheduler": "cosine"},
     "a schedule in a closure": {"scheduler": "lambda", "val_check_interval": 0.4},
@@ -208,6 +215,8 @@ SETUPS: dict[str, dict[str, Any]] = {
         "data": lambda: loader(SAMPLES, 8, generator=torch.Generator().manual_seed(5), num_workers=2)
     },
     "seed": {"callback": {"seed": 11}},
+    "stateful loader": {"data": stateful},
+    "stateful loader, workers": {"data": lambda: stateful(num_workers=2)},
     "distributed sampler": {
         "data": lambda: loader(SAMPLES, 8, shuffle=False, sampler=DistributedSampler(Recorded(SAMPLES), 1, 0))
     },
