@@ -474,7 +474,7 @@ class TestOtherClocks:
     def test_gain_with_a_known_noise_scale_adds_up_the_gains(self) -> None:
         class Known(pl.Callback):
             def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-                now.append(callback.controller.noise_scale)
+                now.append(callback.controller.rate_noise_scale)
 
         now: list[float] = []
         model = Scheduled("LambdaLR")
