@@ -180,9 +180,10 @@ def run(name: str, workload: Workload, data: Any, seed: int) -> dict[str, Any]:
         return train(workload, data, seed, horizon=workload.decay[2], adaptive=WITH_DECAY[name]())
     if name in CEILINGS:
         return train(workload, data, seed, adaptive=tuned(max_batch_size=CEILINGS[name](workload, data))())
-    with patch.multiple(controller, **SETTINGS.get(name, {})):
-        made = ADAPTIVE["default"] if name in SETTINGS else {**ADAPTIVE, **POLICIES}[name]
-        return train(workload, data, seed, adaptive=made())
+    if name in SETTINGS:
+        with patch.multiple(controller, **SETTINGS[name]):
+            return train(workload, data, seed, adaptive=ADAPTIVE["default"]())
+    return train(workload, data, seed, adaptive={**ADAPTIVE, **POLICIES}[name]())
 
 
 def best_size(workload: Workload, results: list[dict[str, Any]]) -> int:
