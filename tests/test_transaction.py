@@ -1,0 +1,31 @@
+"""What a failed update leaves behind is put back, random numbers included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from torch import nn
+
+from adaptive_batch.transaction import Rollback
+
+DRAWS: dict[str, Callable[[], float]] = {
+    "uniform": lambda: float(np.random.random()),
+    "normal, of which NumPy puts every second by": lambda: float(np.random.standard_normal()),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_numpys_numbers_come_again_wherever_an_update_begins(draw: Callable[[], float]) -> None:
+    np.random.seed(3)
+    rollback = Rollback(nn.Linear(1, 1))
+    for before in (0, 1, 1, 0, 2, 1):  # from one update to the next, also an odd number or none
+        for _ in range(before):
+            draw()
+        rollback.save(accumulated=False)
+        first = [draw() for _ in range(3)]
+        rollback.restore(gradients=False)
+        assert [draw() for _ in range(3)] == first
+        rollback.restore(gradients=False)
+        rollback.forget()
