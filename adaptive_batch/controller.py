@@ -87,8 +87,9 @@ class BatchSizeController:
     where that can be computed, and it must still be right at the pessimistic end of the noise scale's
     confidence interval. Where nothing tells what a larger update costs (all passes had the same size), one
     step up to a size that is surely below the noise scale finds it out, and is taken back if it does not
-    pay. While the noise scale is so large that it cannot be told from an infinite one, a change has to be right for all
-    noise scales from the lower end of its interval to infinity. Answers of schedules and functions are rounded and clamped, no more.
+    pay. While the noise scale is so large that it cannot be told from an infinite one, a change has to be
+    right for all noise scales from the lower end of its interval to infinity. Answers of schedules and
+    functions are rounded and clamped, no more.
 
     Args:
         policy: a name, an object with ``propose(measurement) -> float``, or a function of a measurement.
