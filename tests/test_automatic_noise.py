@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from lightning_problems import Classifier, fit, loader
+from lightning_problems import Classifier, Recorded, fit, loader
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from adaptive_batch.callbacks import AdaptiveBatchSize
 from adaptive_batch.measurement import Measurement
@@ -127,6 +129,53 @@ def test_updates_that_hooks_make_longer_are_not_timed() -> None:
     fit(Classifier(), loader(), [callback], max_epochs=4)
     timed = len(callback.controller.step_time.state_dict()["updates"])
     assert 0 < timed <= len(callback.history.updates) - callback.controller.noise.measurements
+
+
+def measured_under_goodput(model: Classifier) -> list[Measurement]:
+    callback = AdaptiveBatchSize(max_batch_size=16)
+    seen: list[Measurement] = []
+    observe = callback.controller.observe
+    with patch.object(callback.controller, "observe", lambda m: seen.append(m) or observe(m)):
+        fit(model, loader(), [callback], max_epochs=4)
+    return seen
+
+
+@pytest.mark.parametrize("model", [Classifier, Convolutional])
+def test_an_update_tells_one_thing_its_noise_the_time_of_its_parts_or_its_own_time(model: type[Classifier]) -> None:
+    seen = measured_under_goodput(model())
+    noise = [m for m in seen if m.part_sq_norms]
+    parts = [m for m in seen if len(m.pass_sizes) > 1]
+    assert len(noise) > 10 and len(parts) > 5
+    assert not any(m.pass_sizes for m in noise)
+    assert not any(m.part_sq_norms or math.isfinite(float(m.seconds)) for m in parts)
+    assert sum(math.isfinite(float(m.seconds)) for m in seen) > 10
+
+
+def test_the_time_of_a_part_leaves_out_what_its_data_took() -> None:
+    now = [0.0]
+
+    class Slow(Recorded):
+        """An item takes a second."""
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, int]:
+            now[0] += 1.0
+            return super().__getitem__(index)
+
+    class Timed(Classifier):
+        """A pass takes a second, and a quarter of one for each sample."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            now[0] += 1.0 + 0.25 * len(batch[1])
+            loss: Tensor = super().training_step(batch, batch_idx)
+            return loss
+
+    callback = AdaptiveBatchSize(max_batch_size=16)
+    with patch("time.perf_counter", lambda: now[0]):
+        fit(Timed(), DataLoader(Slow(), 16, shuffle=True), [callback], max_epochs=4)
+    times = callback.controller.step_time.state_dict()
+    assert {samples for samples, _ in times["passes"]} >= {4, 12}
+    assert all(seconds == 1 + samples / 4 for samples, seconds in times["passes"])
+    assert {tuple(one) for one in times["updates"]} == {(16, 16 + 1 + 16 / 4)}
 
 
 def test_a_failed_measurement_of_an_update_in_two_parts_is_told_once() -> None:

@@ -140,6 +140,17 @@ def test_a_rank_that_is_twice_as_fast_takes_twice_as_much_of_the_same_updates(
     assert sum(abs(fast - 2 * slow) <= 2 for fast, slow in sizes) >= len(sizes) - 6
 
 
+def test_shares_of_a_checkpoint_go_on_under_balance_ranks_and_are_alike_without(tmp_path: Path) -> None:
+    """As they were, though both ranks are as fast in the resumed run: no decision has changed them yet."""
+    sizes: dict[str, Any] = {"samples": 240, "sizes": [24], "checkpoint": 1, "callback": {"balance_ranks": True}}
+    run(tmp_path / "whole", 2, **sizes, seconds_per_sample=[1.0, 2.0])
+    last = str(tmp_path / "whole" / "step=15.ckpt")
+    for balance, shares in ((True, (16, 8)), (False, (12, 12))):
+        options = {**sizes, "callback": {"balance_ranks": balance}, "resume": last}
+        resumed = run(tmp_path / f"{balance}", 2, **options, seconds_per_sample=[1.0, 1.0 if balance else 2.0])
+        assert tuple(rank["sizes"][0] for rank in resumed) == shares
+
+
 @pytest.mark.slow
 def test_shares_are_refused_where_ranks_wait_for_each_other_inside_a_pass(tmp_path: Path) -> None:
     for error in finish(start(tmp_path / "ranks", 2, strategy="static_graph", callback={"balance_ranks": True})):
