@@ -70,7 +70,9 @@ class SampleClock:
             target = plain.updates if last else min(target, plain.updates)
         if target <= self.taken:
             return []
-        due = [_batch_index(step, plain) for step in range(self.taken + 1, target + 1)]
+        due = list(range((self.taken + 1) * plain.accumulate, target * plain.accumulate + 1, plain.accumulate))
+        if plain.batches is not None:
+            due[-1] = min(due[-1], plain.batches)  # an epoch's last window may be short
         due = due[: int(max(0, min(len(due), self.horizon - self.total)))]
         self.taken = target
         self.total += len(due)

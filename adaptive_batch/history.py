@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Change", "History", "Update"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # like measurements
 class Update:
     """One optimizer update.
 

@@ -28,7 +28,7 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.device.type == "mps" else tensor.double()  # which MPS does not have
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # made at every update, where a frozen one takes six times as long
 class Measurement:
     """The record of one update, and what the controller made of it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -230,8 +231,8 @@ class UpdateExecutor:
     def make_closure(self, original: Callable[..., Any], kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
         """Lightning's closure for this batch, made to run in parts where it has to."""
         closure = original(kwargs, optimizer, batch_idx)
-        plain = closure.closure
-        closure.closure = lambda *_, **__: self._run(closure, plain, kwargs, batch_idx)
+        here = weakref.ref(closure)  # one that held itself would keep its batch until the garbage collector comes
+        closure.closure = lambda *_, **__: self._run(here(), kwargs, batch_idx)
         return closure
 
     def _sizes(self, *, split: bool) -> list[int]:
@@ -288,7 +289,7 @@ class UpdateExecutor:
             return 0
         return sum(p.numel() * p.element_size() for p in trained)
 
-    def _run(self, closure: Any, plain: Callable[[], Any], kwargs: Mapping[str, Any], batch_idx: int) -> Any:
+    def _run(self, closure: Any, kwargs: Mapping[str, Any], batch_idx: int) -> Any:
         """The batch's gradients and outputs, attempted in ever smaller parts while memory runs out."""
         if self._in_turns:
             self.disturbed = True
@@ -303,7 +304,7 @@ class UpdateExecutor:
             self._measure = all_can_split(self._trainer, self._samples, PURPOSEFUL_PARTS)
         if not self.recovers:
             self._check_first(kwargs)
-            result = self._attempt(closure, plain, kwargs, self._sizes_now())
+            result = self._attempt(closure, kwargs, self._sizes_now())
             self._end_batch()
             return result
         accumulated = batch_idx % self._trainer.accumulate_grad_batches != 0
@@ -323,7 +324,7 @@ class UpdateExecutor:
                 sizes = self._sizes_now()
                 try:
                     with nullcontext() if sync is None else sync.blocked():
-                        result = self._attempt(closure, plain, kwargs, sizes)
+                        result = self._attempt(closure, kwargs, sizes)
                     break
                 except Exception as error:
                     failed = self._memory.failed_size(error, sizes[0], self._samples)
@@ -392,7 +393,7 @@ class UpdateExecutor:
         if sample is not None:
             self._keep(sample)
 
-    def _attempt(self, closure: Any, plain: Callable[[], Any], kwargs: Mapping[str, Any], sizes: list[int]) -> Any:
+    def _attempt(self, closure: Any, kwargs: Mapping[str, Any], sizes: list[int]) -> Any:
         passes = _Passes(self, sizes)
         parts = None
         # An optimizer may call the closure many times (LBFGS); its first call is the one to measure.
@@ -401,7 +402,7 @@ class UpdateExecutor:
         log = _lightning.LogBuffer(self._trainer) if buffered else None
         with log or nullcontext(), norms or nullcontext():
             if len(sizes) == 1:
-                result = passes.run(0, lambda: self._whole(closure, plain))
+                result = passes.run(0, lambda: self._whole(closure))
                 if norms is not None:
                     self._end_part(norms, sizes[0], 1.0)
             else:
@@ -446,14 +447,14 @@ class UpdateExecutor:
         """Whether the passes themselves are measured; of several ranks each is a part."""
         return self._measure and (self.ranks > 1 or self._noise != "probe")
 
-    def _whole(self, closure: Any, plain: Callable[[], Any]) -> Any:
+    def _whole(self, closure: Any) -> Any:
         """Lightning's own closure: not even a factor of one where nothing is split."""
         closure._zero_grad_fn = self._once(closure, closure._zero_grad_fn)
         backward = closure._backward_fn
         if backward is not None:
             closure._backward_fn = lambda loss: backward(self.weigh(loss))
         try:
-            return plain()
+            return type(closure).closure(closure)
         finally:
             closure._backward_fn = backward
 

@@ -161,15 +161,20 @@ def override_backward(patches: Patches, trainer: Trainer, weigh: Callable[[Tenso
 def override_scheduler_steps(patches: Patches, trainer: Trainer, indices: Callable[[bool], Iterator[int]]) -> None:
     """Step the per-update schedulers once for each batch index that ``indices(plateau)`` gives.
 
-    Lightning compares a scheduler's ``frequency`` with the batch index, so the index is set for the call.
+    Lightning compares a scheduler's ``frequency`` with the batch index, so the index is set for the call. Where it has
+    no such scheduler there is nothing to repeat, however many steps an update stands for.
 
     Private: ``epoch_loop._update_learning_rates`` (2.0 to 2.6).
     """
     loop = trainer.fit_loop.epoch_loop
 
+    def concerned(plateau: bool) -> bool:
+        configs = trainer.lr_scheduler_configs
+        return any(c.interval == "step" and c.reduce_on_plateau == plateau for c in configs)
+
     def make(original: Callable[..., None]) -> Callable[..., None]:
         def update(interval: str, update_plateau_schedulers: bool) -> None:
-            if interval != "step":
+            if interval != "step" or not concerned(update_plateau_schedulers):
                 original(interval=interval, update_plateau_schedulers=update_plateau_schedulers)
                 return
             for index in indices(update_plateau_schedulers):
@@ -697,18 +702,25 @@ class StepLog:
     def __init__(self, trainer: Trainer, fx: str) -> None:
         self._trainer = trainer
         self._fx = fx
-        self._logged: dict[str, float] = {}
-        self._keys: dict[str, str] = {}
+        self._metrics: list[Any] = []
+        self._logged: list[float] = []
 
     def __call__(self, values: Mapping[str, float]) -> None:
-        """Log ``values`` for the step at hand."""
+        """Log ``values`` for the step at hand, always the same names."""
         results = self._trainer.fit_loop.epoch_loop._results
-        before, self._logged = self._logged, dict(values)
-        for name, value in values.items():
-            key = self._keys.get(name) or self._keys.setdefault(name, f"{self._fx}.{name}")
-            metric = results.get(key)
-            if metric is None or metric.has_reset:
-                self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
-            elif value != (old := before.get(name)) and not (value != value and old != old):  # NaN is no change
+        if not self._metrics or self._metrics[0].has_reset or results.get(self._first) is not self._metrics[0]:
+            self._log_all(results, values)
+            return
+        for index, value in enumerate(values.values()):
+            old = self._logged[index]
+            if value != old and (value == value or old == old):  # NaN after NaN is no change
                 number = torch.tensor(value, dtype=torch.float32)
-                metric.__dict__.update(value=number, _forward_cache=number)  # past Module.__setattr__, which is slow
+                # Past Module.__setattr__, which is slow.
+                self._metrics[index].__dict__.update(value=number, _forward_cache=number)
+                self._logged[index] = value
+
+    def _log_all(self, results: Any, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+        keys = [f"{self._fx}.{name}" for name in values]
+        self._first, self._metrics, self._logged = keys[0], [results[key] for key in keys], list(values.values())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -241,3 +243,25 @@ def test_ranks_of_which_one_runs_out_of_memory_train_as_one_process(tmp_path: Pa
 
 if __name__ == "__main__":
     rank_main(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize("callback", [AdaptiveBatchSize, AutoMicroBatch, lambda: AdaptiveBatchSize(micro_batch_size=5)])
+def test_a_batch_is_let_go_when_its_update_is_done_without_waiting_for_the_garbage_collector(callback: Any) -> None:
+    class Counted(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batches: list[weakref.ref[Tensor]] = []
+            self.alive: list[int] = []
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_start(batch, batch_idx)
+            self.batches.append(weakref.ref(batch[0]))
+            self.alive.append(sum(one() is not None for one in self.batches))
+
+    model = Counted()
+    gc.disable()
+    try:
+        fit(model, loader(), [callback()], max_epochs=2)
+    finally:
+        gc.enable()
+    assert max(model.alive) <= 2  # this one, and what Lightning still holds of the last
