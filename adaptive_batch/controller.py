@@ -293,14 +293,13 @@ class BatchSizeController:
         pending = self._pending
         if self.exchange is not None:
             pending = self.exchange(pending)
-        numbers = read_numbers([n for m in pending for n in (*m.part_sq_norms, m.sq_norm, m.loss)])
+        numbers = iter(read_numbers([n for m in pending for n in (*m.part_sq_norms, m.sq_norm, m.loss)]))
         losses = []
         for m in pending:
-            *norms, sq_norm, loss = numbers[: len(m.part_sq_norms) + 2]
-            self._absorb_noise(m, norms, sq_norm)
+            norms = [next(numbers) for _ in m.part_sq_norms]
+            self._absorb_noise(m, norms, next(numbers))
             self._absorb_time(m)
-            losses.append((m.batch_size, loss))
-            del numbers[: len(norms) + 2]
+            losses.append((m.batch_size, next(numbers)))
         self._pending.clear()
         noise = self.noise
         if noise.identified:
@@ -323,6 +322,8 @@ class BatchSizeController:
                 noise.update(part_sq_norms, m.part_sizes, sq_norm)
             else:
                 noise.update_norm(sq_norm, size)
+        if not measured:
+            return
         if "inner_products" in self._needs:  # other sources than pairs of parts may stand for the norms of pairs
             self.inner_products.update(part_sq_norms, m.part_sizes, sq_norm)
         newest = two_batch_estimate(part_sq_norms, m.part_sizes, sq_norm)

@@ -19,13 +19,17 @@ Number: TypeAlias = float | Tensor
 
 def read_numbers(values: Sequence[Number]) -> list[float]:
     """All numbers as floats, fetching those that live on a device in one transfer."""
-    tensors = [_widened(v.detach().reshape(())) for v in values if isinstance(v, Tensor)]
-    fetched = iter(torch.stack(tensors).tolist() if tensors else ())
+    tensors = [v.detach() for v in values if isinstance(v, Tensor)]
+    fetched = iter(_stacked(tensors).tolist() if tensors else ())
     return [next(fetched) if isinstance(v, Tensor) else float(v) for v in values]
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.device.type == "mps" else tensor.double()  # which MPS does not have
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    first = tensors[0]
+    if all(t.dtype == first.dtype and t.dim() == 0 for t in tensors):
+        return torch.stack(tensors)
+    wide = torch.float32 if first.device.type == "mps" else torch.float64  # which MPS does not have
+    return torch.stack([t.reshape(()).to(wide) for t in tensors])
 
 
 @dataclass(slots=True)  # made at every update, where a frozen one takes six times as long

@@ -394,10 +394,12 @@ class UpdateExecutor:
             self._keep(sample)
 
     def _attempt(self, closure: Any, kwargs: Mapping[str, Any], sizes: list[int]) -> Any:
-        passes = _Passes(self, sizes)
         parts = None
         # An optimizer may call the closure many times (LBFGS); its first call is the one to measure.
         norms = self._norms() if self._taps else None
+        # A whole pass also does what belongs to the update, a measured one more than that: neither tells the time of
+        # a part. Several ranks compare how long their passes take.
+        passes = _Passes(self, sizes, timed=norms is None and (len(sizes) > 1 or self.ranks > 1))
         buffered = self.recovers or len(sizes) > 1
         log = _lightning.LogBuffer(self._trainer) if buffered else None
         with log or nullcontext(), norms or nullcontext():
@@ -410,9 +412,7 @@ class UpdateExecutor:
                 result = parts.joined()
         if log is not None:
             log.commit(parts)
-        # A whole pass also does what belongs to the update, a measured one more than that: neither tells the time of
-        # a part. Several ranks compare how long their passes take.
-        if norms is None and (len(sizes) > 1 or self.ranks > 1):
+        if passes.seconds:
             self.pass_sizes += sizes
             self.pass_seconds += passes.seconds
         self.micro_batch_size = max(self.micro_batch_size, sizes[0])
@@ -564,10 +564,10 @@ class UpdateExecutor:
 
 
 class _Passes:
-    """Times the passes of one attempt."""
+    """The passes of one attempt, their memory measured where there is a budget, and their times where they tell."""
 
-    def __init__(self, executor: UpdateExecutor, sizes: list[int]) -> None:
-        self._executor = executor
+    def __init__(self, executor: UpdateExecutor, sizes: list[int], *, timed: bool) -> None:
+        self._executor, self._timed = executor, timed
         self._device = executor._trainer.strategy.root_device
         # A rank that waits longer for its data is a slower one; but whether a larger batch takes longer to fetch, or
         # only its samples are more, a wait does not tell.
@@ -578,7 +578,8 @@ class _Passes:
     def run(self, index: int, run: Callable[[], Any]) -> Any:
         """Run part ``index``."""
         size = self.sizes[index]
-        started = mark(self._device)
+        started = mark(self._device) if self._timed else None
         result = self._executor._memory.measured(size, run) if self._executor.measures_memory(size) else run()
-        self.seconds.append(Elapsed(started, mark(self._device), self._wait_per_sample * size))
+        if started is not None:
+            self.seconds.append(Elapsed(started, mark(self._device), self._wait_per_sample * size))
         return result

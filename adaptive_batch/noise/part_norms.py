@@ -37,16 +37,15 @@ def grad_sq_norm(parameters: Iterable[nn.Parameter], metric: Metric | None = Non
 def sq_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Squared norm of the gradients, at least one, together."""
     if any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients):
-        return _joint_norm([_norm(g) for g in gradients]).square()
-    return _joint_norm(torch._foreach_norm(list(gradients))).square()
+        return _joint_sq_norm([_norm(g) for g in gradients])
+    return _joint_sq_norm(torch._foreach_norm(list(gradients)))
 
 
-def _joint_norm(norms: Sequence[Tensor]) -> Tensor:
-    """Norm of the whole from those of its pieces, which may lie on several devices."""
+def _joint_sq_norm(norms: Sequence[Tensor]) -> Tensor:
+    """Squared norm of the whole from the norms of its pieces, which may lie on several devices."""
     device = norms[0].device
-    here = [norm if norm.device == device else norm.to(device) for norm in norms]
-    joint: Tensor = torch.linalg.vector_norm(torch.stack(here))
-    return joint
+    here = torch.stack([norm if norm.device == device else norm.to(device) for norm in norms])
+    return torch.dot(here, here)
 
 
 class PartNorms:
@@ -97,6 +96,6 @@ class PartNorms:
             weight: what its mean gradient was multiplied with (its share of the update, a loss scale).
         """
         norms = self._norms or [torch.zeros((), device=p.device) for p in self._parameters[:1]]
-        self.sq_norms.append((_joint_norm(norms) / weight).square())
+        self.sq_norms.append(_joint_sq_norm(norms) / weight**2)
         self.sizes.append(size)
         self._norms.clear()

@@ -114,8 +114,7 @@ class GradientNoiseScale:
         self._since = 0.0  # samples since the last measured update
         self._measurements = 0
         self._skipped = 0
-        self._answers: dict[float | None, tuple[float, float]] = {}  # kept until the next update, like the rows
-        self._rows: Array | None = None
+        self._forget_answers()
 
     def update(self, part_sq_norms: Numbers, part_sizes: Numbers, sq_norm: float | Tensor) -> None:
         """Take in the parts of one update; one part or a norm that is not finite is skipped and counted.
@@ -182,15 +181,9 @@ class GradientNoiseScale:
         self._decay = 1.0
 
     def _forget_answers(self) -> None:
-        self._answers.clear()
-        self._rows = None
-
-    @property
-    def _sums(self) -> Array:
-        """``[K, 5]``: the blocks."""
-        if self._rows is None:
-            self._rows = np.array(self._blocks)
-        return self._rows
+        self._estimated: tuple[float, float] | None = None
+        self._spread: tuple[Array, Array, int] | None = None
+        self._intervals: dict[float, tuple[float, float]] = {}
 
     @property
     def measurements(self) -> int:
@@ -237,32 +230,36 @@ class GradientNoiseScale:
         """
         if not 0 < confidence < 1:
             raise ValueError(f"confidence={confidence} is not a probability between 0 and 1; pass 0.95, say.")
-        if confidence not in self._answers:
-            self._answers[confidence] = self._interval(confidence)
-        return self._answers[confidence]
+        if confidence not in self._intervals:
+            self._intervals[confidence] = self._interval(confidence)
+        return self._intervals[confidence]
 
     def _interval(self, confidence: float) -> tuple[float, float]:
         if self._measurements < MIN_MEASUREMENTS:
             return math.nan, math.nan
-        sums = self._sums
+        if self._spread is None:
+            self._spread = self._means_and_spread()
+        means, covariance, dof = self._spread
+        return fieller_interval(means, covariance, student_t_quantile(confidence, dof)) if dof else (math.nan, math.nan)
+
+    def _means_and_spread(self) -> tuple[Array, Array, int]:
+        """``tr(Sigma)`` and ``|G|^2``, the covariance of these estimates, and its degrees of freedom."""
+        sums = np.array(self._blocks)
         (norm,), norm_influence = jackknife_influence(sums[:, 1:2], sums[:, 0])
         (share, variance), influence = jackknife_influence(sums[:, 3:5], sums[:, 2])
         # Whole degrees of freedom are as good, and their quantiles have been computed before.
         dof = round(_degrees_of_freedom(sums, norm_influence[:, 0], influence[:, 0]))
-        if dof < 1:
-            return math.nan, math.nan
         influence[:, 0] = norm_influence[:, 0] - influence[:, 0]
-        means = np.array([variance, norm - share])
-        return fieller_interval(means, (influence.T @ influence)[::-1, ::-1], student_t_quantile(confidence, dof))
+        return np.array([variance, norm - share]), (influence.T @ influence)[::-1, ::-1], dof
 
     def _estimates(self) -> tuple[float, float]:
         """``tr(Sigma)`` and ``|G|^2``."""
         if not self._measurements:
             return math.nan, math.nan
-        if None not in self._answers:
-            weight, norm, measured, share, variance = self._sums.sum(0).tolist()
-            self._answers[None] = variance / measured, norm / weight - share / measured
-        return self._answers[None]
+        if self._estimated is None:
+            weight, norm, measured, share, variance = map(sum, zip(*self._blocks, strict=True))
+            self._estimated = variance / measured, norm / weight - share / measured
+        return self._estimated
 
     def state_dict(self) -> dict[str, Any]:
         """``memory``, the blocks and the counts, as plain numbers and lists."""
