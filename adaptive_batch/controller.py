@@ -48,6 +48,10 @@ pessimistic end of the interval."""
 EVIDENCE = 0.95
 """Confidence of the noise scale's interval, at whose pessimistic end a change still has to be right."""
 
+RATE_EVIDENCE = 0.5
+"""Confidence of the interval whose lower end the learning rate follows: the noise scale is larger with 75 %. With more
+the rate stays behind what the data allow and the run takes more samples, with none it may go too far."""
+
 _FROM_PARTS = frozenset({"noise", "variance", "inner_products"})
 """Statistics that one measurement of an update's parts gives together."""
 
@@ -200,10 +204,9 @@ class BatchSizeController:
 
     @property
     def rate_noise_scale(self) -> float:
-        """The noise scale that the learning rate follows: the least that the evidence allowed when it last told.
+        """The noise scale that the learning rate follows: its lower quartile, as the evidence last had it.
 
-        That is the lower end of the interval, for a rate that is too high diverges, and one that is too low only takes
-        longer. ``NaN`` before there is one.
+        A rate that is too high diverges, and one that is too low only takes longer. ``NaN`` before there is one.
         """
         return self._rate_noise_scale
 
@@ -304,7 +307,7 @@ class BatchSizeController:
         noise = self.noise
         if noise.identified:
             self._last_noise_scale = noise.noise_scale
-        least = _least_noise_scale(noise.grad_sq_norm, noise.interval(EVIDENCE))
+        least = _least_noise_scale(noise.grad_sq_norm, noise.interval(RATE_EVIDENCE))
         if least is not None:
             self._rate_noise_scale = least
         known = [(size, loss) for size, loss in losses if math.isfinite(loss)]
