@@ -35,9 +35,9 @@ from adaptive_batch.transaction import Rollback
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["UpdateExecutor"]
+__all__ = ["UNEQUAL", "UpdateExecutor"]
 
-_UNEQUAL = 4
+UNEQUAL = 4
 """To time passes of two sizes, an update is split into one part in so many of its samples and the rest."""
 
 WeightFn = Callable[[Any, Any], "float | Tensor"]
@@ -242,9 +242,9 @@ class UpdateExecutor:
     def _sizes_now(self) -> list[int]:
         """Samples of each pass of the batch at hand."""
         sizes = self._sizes(split=self._splits_to_measure)
-        if not self._in_turns or len(sizes) > 1 or sizes[0] < _UNEQUAL:
+        if not self._in_turns or len(sizes) > 1 or sizes[0] < UNEQUAL:
             return sizes
-        few = sizes[0] // _UNEQUAL
+        few = sizes[0] // UNEQUAL
         unequal = [few, sizes[0] - few]  # two sizes, which tell what a sample costs and what a pass
         return unequal if self._few_first else unequal[::-1]
 

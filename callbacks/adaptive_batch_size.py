@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from adaptive_batch.callbacks import _lightning
 from adaptive_batch.callbacks._books import EpochBooks, LoaderLimits, plain_epoch
-from adaptive_batch.callbacks._executor import WeightFn
+from adaptive_batch.callbacks._executor import UNEQUAL, WeightFn
 from adaptive_batch.callbacks._lightning import CallbackBase, Patches
 from adaptive_batch.callbacks._options import Splitting, check_choice, check_function
 from adaptive_batch.callbacks._resume import RunState
@@ -464,7 +464,9 @@ class AdaptiveBatchSize(CallbackBase):
             self._executor.start_update(
                 measure=noise and measures_noise(self._updates, self._executor.noise_schedule),
                 watch=noise,
-                time_parts=self._updates % _TIMED_EVERY == _TIMED_EVERY - 1 and self._controller.times_parts,
+                time_parts=self._updates % _TIMED_EVERY == _TIMED_EVERY - 1
+                and self._rows >= UNEQUAL
+                and self._controller.times_parts,
             )
             self._window_rows = self._window_samples = 0
         self._window.append(draw)

@@ -183,6 +183,18 @@ def test_the_time_of_a_part_leaves_out_what_its_data_took() -> None:
     assert [16, 16 + 1 + 16 / 4] in times["updates"]  # an update's time has it
 
 
+def test_updates_of_three_samples_are_not_timed_in_parts_and_so_measured_as_often_as_others() -> None:
+    class Timed(Keep):
+        needs = frozenset({"noise", "step_time"})
+
+    counts = []
+    for policy in (Keep(), Timed()):
+        callback = AdaptiveBatchSize(policy, lr_scaling="none")
+        fit(Classifier(), loader(batch_size=3), [callback], max_epochs=1)
+        counts.append(callback.controller.noise.measurements)
+    assert counts[0] == counts[1] > 20
+
+
 def test_a_failed_measurement_of_an_update_in_two_parts_is_told_once() -> None:
     callback = AdaptiveBatchSize()
     fit(Outside(), loader(), [callback], max_epochs=2)
