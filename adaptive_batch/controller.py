@@ -34,6 +34,9 @@ RETRY = 512
 """Updates after which what is known of larger sizes than the one that was gone back to is forgotten, twice as many each
 time: the machine may have been slow just then, and a size that is not in use is not timed again."""
 
+TIMED_EVERY = 3
+"""Updates between two that run in parts while nothing else tells what a sample costs."""
+
 NOISE_MEMORY_UPDATES = 32
 NOISE_MEMORY_FRACTIONS = (1 / 16, 1 / 4)
 """The noise is averaged over two stretches of the samples seen so far, and no fewer than 32 updates' worth. The
@@ -210,10 +213,10 @@ class BatchSizeController:
         """
         return self._rate_noise_scale
 
-    @property
-    def times_parts(self) -> bool:
-        """Whether a few updates should run in parts, so that the times of smaller passes say what a sample costs."""
-        return "step_time" in self.policy_needs and self.step_time.wants_passes
+    def times_parts(self, update: int) -> bool:
+        """Whether update ``update`` (from 0) should run in two unequal parts, whose times say what a sample costs."""
+        due = update % TIMED_EVERY == TIMED_EVERY - 1
+        return due and "step_time" in self.policy_needs and self.step_time.wants_passes
 
     def lr_factor(self, batch_size: float, lr: float = math.nan) -> float:
         """Factor on the scheduled learning rate for an update.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from adaptive_batch.layers import batch_dependent_layers
 from adaptive_batch.memory import allocated_bytes
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
-from adaptive_batch.micro_batching import split_batch
+from adaptive_batch.micro_batching import UNEQUAL, balanced_sizes, split_batch, unequal_sizes
 from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
 from adaptive_batch.noise.schedule import PURPOSEFUL_PARTS
 from adaptive_batch.pass_memory import PassMemory
@@ -43,7 +44,7 @@ class Executor:
 
     Attributes:
         failures: what out-of-memory errors have taught, one sentence each; to be told and cleared.
-        measurable: whether an update may be split for the noise alone, which layers that look across the
+        measurable: whether an update may be split for a measurement alone, which layers that look across the
             batch would make another one.
     """
 
@@ -71,23 +72,29 @@ class Executor:
         self.failures = self.memory.failures
         self._explores = explores and not limit.model.measured
         self._warm = False
+        self._few_first = False
 
-    def closure(self, batch: tuple[Any, Any], samples: int, *, measure: bool) -> BatchClosure:
+    def closure(self, batch: tuple[Any, Any], samples: int, *, measure: bool, time_parts: bool = False) -> BatchClosure:
         """The closure that an optimizer's ``step`` takes, for a batch of ``samples``.
 
         Args:
             batch: the pair ``(x, y)``, on the model's device.
             samples: of the batch.
             measure: whether to record the squared norms of its parts, two at least.
+            time_parts: whether to time passes of two sizes instead, in unequal parts of it.
         """
         if self._explores:
             self._explores = False
             self._explore(batch, samples)
-        return BatchClosure(self, batch, samples, measure=measure and self.measurable)
+        if time_parts and self.measurable and samples >= UNEQUAL:
+            self._few_first = not self._few_first
+            return BatchClosure(self, batch, samples, split=partial(unequal_sizes, few_first=self._few_first))
+        measure = measure and self.measurable and samples >= PURPOSEFUL_PARTS
+        return BatchClosure(self, batch, samples, split=_halves if measure else None, measure=measure)
 
-    def sizes(self, samples: int, *, split: bool) -> list[int]:
-        """Samples of each pass; ``split`` makes parts for the noise where there would be none."""
-        return self.limit.sizes(samples, parts=PURPOSEFUL_PARTS if split else 1)
+    def sizes(self, samples: int) -> list[int]:
+        """Samples of each pass that memory allows."""
+        return self.limit.sizes(samples)
 
     def held(self) -> int:
         """Bytes that are held while no pass runs and no gradients are there."""
@@ -133,20 +140,33 @@ class BatchClosure:
 
     Attributes:
         loss: mean over the samples, before the step.
-        pass_sizes: samples of each pass that went through.
+        disturbed: whether it was split for a measurement alone, and so took longer than others do.
+        micro_batch_size: samples of the largest pass.
+        pass_sizes: samples of each part, of a batch in parts that was not measured.
         pass_seconds: time of each.
         part_sq_norms: squared norms of the parts' mean gradients, if measured.
         part_sizes: samples of each measured part.
         sq_norm: squared norm of the batch's mean gradient, if measured.
     """
 
-    def __init__(self, executor: Executor, batch: tuple[Any, Any], samples: int, *, measure: bool) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        batch: tuple[Any, Any],
+        samples: int,
+        *,
+        split: Callable[[int], list[int]] | None = None,
+        measure: bool = False,
+    ) -> None:
         self._executor = executor
         self._batch = batch
-        self._measure = measure and samples >= PURPOSEFUL_PARTS
+        self._split = split
+        self._measure = measure
         self._calls = 0
         self.samples = samples
         self.loss = torch.full((), math.nan)
+        self.disturbed = False
+        self.micro_batch_size = 0
         self.pass_sizes: list[int] = []
         self.pass_seconds: list[Elapsed] = []
         self.part_sq_norms: Sequence[Any] = ()
@@ -187,7 +207,11 @@ class BatchClosure:
         return loss
 
     def _sizes(self) -> list[int]:
-        return self._executor.sizes(self.samples, split=self._measure)
+        sizes = self._executor.sizes(self.samples)
+        if self._split is None or len(sizes) > 1:
+            return sizes
+        self.disturbed = True
+        return self._split(self.samples)
 
     def _attempt(self, sizes: list[int], measured: bool) -> Tensor:
         executor = self._executor
@@ -196,8 +220,12 @@ class BatchClosure:
         seconds: list[Elapsed] = []
         with norms or nullcontext():
             loss = self._passes(sizes, norms, seconds)
-        self.pass_sizes += sizes
-        self.pass_seconds += seconds
+        self.micro_batch_size = max(self.micro_batch_size, *sizes)
+        # A whole pass also does what belongs to the update, a measured one more than that: neither tells the time of
+        # a part.
+        if norms is None and len(sizes) > 1:
+            self.pass_sizes += sizes
+            self.pass_seconds += seconds
         total = None if norms is None else grad_sq_norm(parameters)
         if norms is not None and total is not None:
             self.part_sq_norms, self.part_sizes = norms.sq_norms, norms.sizes
@@ -221,3 +249,7 @@ class BatchClosure:
             if norms is not None:
                 norms.end_part(size, size if executor.sums else factor)
         return losses[0] if whole else torch.stack(losses).sum()
+
+
+def _halves(samples: int) -> list[int]:
+    return balanced_sizes(samples, -(-samples // PURPOSEFUL_PARTS))

@@ -65,6 +65,21 @@ def balanced_sizes(n: int, largest: int, smallest: int = 1) -> list[int]:
     return [size + 1] * longer + [size] * (parts - longer)
 
 
+UNEQUAL = 4
+"""To time passes of two sizes, a batch is split into one part in so many of its samples and the rest."""
+
+
+def unequal_sizes(n: int, *, few_first: bool) -> list[int]:
+    """Sizes of two parts of ``n`` samples whose times tell what a sample costs; fewer than four stay one part.
+
+    The first part also clears the gradients, so ``few_first`` should be true by turns.
+    """
+    few = n // UNEQUAL
+    if not few:
+        return [n]
+    return [few, n - few] if few_first else [n - few, few]
+
+
 def split_batch(batch: Any, sizes: Sequence[int], n: int) -> list[Any]:
     """Split a batch of ``n`` samples into consecutive micro-batches.
 

@@ -257,7 +257,12 @@ class _Trainer:
             draw = sampler.draws[0]
             started = last_mark or mark(executor.device)
             factor, values = self._scaling(self._counted(draw))
-            closure = executor.closure(to_device(batch, executor.device), draw.size, measure=self._measures())
+            closure = executor.closure(
+                to_device(batch, executor.device),
+                draw.size,
+                measure=self._measures(),
+                time_parts=self._controller is not None and self._controller.times_parts(self._updates),
+            )
             with scaled_lr(self.optimizer, factor, values):
                 self.optimizer.step(closure)  # type: ignore[arg-type]  # tensors are welcome
             last_mark = mark(executor.device)
@@ -318,7 +323,7 @@ class _Trainer:
             "epoch": self._epoch,
             "samples": self._samples,
             "batch_size": draw.size,
-            "micro_batch_size": max(closure.pass_sizes, default=draw.size),
+            "micro_batch_size": closure.micro_batch_size or draw.size,
             "lr_scale": factor,
             "noise_scale": math.nan if controller is None else controller.noise_scale,
             "seconds": elapsed,
@@ -342,7 +347,7 @@ class _Trainer:
             reference_batch_size=controller.reference_batch_size or closure.samples,
             lr=float(self.optimizer.param_groups[0].get("lr", math.nan)),
             loss=closure.loss,
-            seconds=elapsed,
+            seconds=math.nan if closure.disturbed else elapsed,
             part_sq_norms=closure.part_sq_norms,
             part_sizes=closure.part_sizes,
             pass_sizes=closure.pass_sizes,

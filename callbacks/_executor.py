@@ -23,7 +23,7 @@ from adaptive_batch.layers import batch_dependent_layers, is_compiled, warn_of_s
 from adaptive_batch.measurement import Number
 from adaptive_batch.memory import allocated_bytes
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
-from adaptive_batch.micro_batching import balanced_sizes, split_batch
+from adaptive_batch.micro_batching import balanced_sizes, split_batch, unequal_sizes
 from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
 from adaptive_batch.noise.per_example import PerExampleNorms, Unmeasurable
 from adaptive_batch.noise.sample import NoiseSample, equivalent_sample
@@ -35,10 +35,7 @@ from adaptive_batch.transaction import Rollback
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["UNEQUAL", "UpdateExecutor"]
-
-UNEQUAL = 4
-"""To time passes of two sizes, an update is split into one part in so many of its samples and the rest."""
+__all__ = ["UpdateExecutor"]
 
 WeightFn = Callable[[Any, Any], "float | Tensor"]
 _Norms = PartNorms | PerExampleNorms | ShardedNorms
@@ -184,7 +181,7 @@ class UpdateExecutor:
         """
         self._in_turns = time_parts and self._may_split_on_purpose
         if self._in_turns:
-            self._few_first = not self._few_first  # by turns, as the first part also clears the gradients
+            self._few_first = not self._few_first
         self._measure = measure and not self._in_turns and self._measurable()
         self._watch = watch and self._noise != "probe" and self._unmeasured is None
         self._time_parts = time_parts
@@ -242,11 +239,9 @@ class UpdateExecutor:
     def _sizes_now(self) -> list[int]:
         """Samples of each pass of the batch at hand."""
         sizes = self._sizes(split=self._splits_to_measure)
-        if not self._in_turns or len(sizes) > 1 or sizes[0] < UNEQUAL:
+        if not self._in_turns or len(sizes) > 1:
             return sizes
-        few = sizes[0] // UNEQUAL
-        unequal = [few, sizes[0] - few]  # two sizes, which tell what a sample costs and what a pass
-        return unequal if self._few_first else unequal[::-1]
+        return unequal_sizes(sizes[0], few_first=self._few_first)
 
     @property
     def _may_split_on_purpose(self) -> bool:

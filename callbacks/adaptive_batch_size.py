@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from adaptive_batch.callbacks import _lightning
 from adaptive_batch.callbacks._books import EpochBooks, LoaderLimits, plain_epoch
-from adaptive_batch.callbacks._executor import UNEQUAL, WeightFn
+from adaptive_batch.callbacks._executor import WeightFn
 from adaptive_batch.callbacks._lightning import CallbackBase, Patches
 from adaptive_batch.callbacks._options import Splitting, check_choice, check_function
 from adaptive_batch.callbacks._resume import RunState
@@ -29,6 +29,7 @@ from adaptive_batch.iterable import Requests, count_samples
 from adaptive_batch.lr_scaling import LRScaling, gain, resolve_lr_scaling, scaled_lr
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.memory import resident_bytes
+from adaptive_batch.micro_batching import UNEQUAL
 from adaptive_batch.noise.schedule import measures_noise
 from adaptive_batch.noise.sources import check_source
 from adaptive_batch.order import SeededOrder
@@ -59,8 +60,6 @@ _NO_GRADIENTS = (
 _DATA_FRACTION = 10
 _UNKNOWN_LENGTH_GROWTH = 64
 _NAMED_SHARES = 8
-_TIMED_EVERY = 3
-"""Updates between two that run in parts while nothing else tells what a sample costs."""
 _MEMORY_EVERY = 100
 """Updates between two readings of the process's resident size, which the system is slow to tell."""
 
@@ -464,9 +463,7 @@ class AdaptiveBatchSize(CallbackBase):
             self._executor.start_update(
                 measure=noise and measures_noise(self._updates, self._executor.noise_schedule),
                 watch=noise,
-                time_parts=self._updates % _TIMED_EVERY == _TIMED_EVERY - 1
-                and self._rows >= UNEQUAL
-                and self._controller.times_parts,
+                time_parts=self._rows >= UNEQUAL and self._controller.times_parts(self._updates),
             )
             self._window_rows = self._window_samples = 0
         self._window.append(draw)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -1003,3 +1004,27 @@ def test_a_bound_below_the_start_is_refused_unless_shrinking_is_allowed() -> Non
     shrinking = controller(Milestones({0: 4}, unit="updates"), max_batch_size=8)
     history = quiet(MiniBatchTrainer, Spy(), batch_size=16, controller=shrinking).fit(numbered())
     assert history.column("batch_size") == [16, 4, 3]
+
+
+def test_a_trainer_times_parts_that_nothing_else_makes_slower_and_updates_that_run_whole() -> None:
+    now = [0.0]
+
+    class Slow(nn.Linear):
+        """A pass takes a second, and a quarter of one for each sample."""
+
+        def forward(self, input: Tensor) -> Tensor:
+            now[0] += 1 + len(input) / 4
+            return super().forward(input)
+
+    model = Slow(4, 1)
+    controller = BatchSizeController("goodput", lr_scaling="none", max_batch_size=16)
+    x = torch.randn(160, 4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with patch("time.perf_counter", lambda: now[0]):
+        MiniBatchTrainer(model, nn.functional.mse_loss, optimizer, batch_size=16, controller=controller).fit(
+            (x, x.sum(1, keepdim=True)), epochs=6
+        )
+    times = controller.step_time.state_dict()
+    assert {tuple(one) for one in times["passes"]} == {(4, 2.0), (12, 4.0)}
+    assert {tuple(one) for one in times["updates"]} == {(16, 5.0)}
+    assert controller.noise.measurements > 10
