@@ -159,6 +159,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dwell 40": {"MIN_DWELL": 40},
     "evidence 80 %": {"EVIDENCE": 0.8, "IDENTIFIED_AT": 0.8},
     "evidence 99 %": {"EVIDENCE": 0.99, "IDENTIFIED_AT": 0.99},
+    "rate evidence 95 %": {"RATE_EVIDENCE": 0.95},
+    "rate evidence 20 %": {"RATE_EVIDENCE": 0.2},
     "memory 1/64, 1/16": {"NOISE_MEMORY_FRACTIONS": (1 / 64, 1 / 16)},
     "memory 1/4, 1": {"NOISE_MEMORY_FRACTIONS": (1 / 4, 1.0)},
 }
@@ -168,6 +170,7 @@ CEILINGS: dict[str, Callable[[Workload, Any], int]] = {
     "ceiling 1/3": lambda workload, data: len(data[1]) // 3,
 }
 RULES_OF_ADAM = ("goodput, adamscale", "goodput, sde")
+NOT_OF_ADAM = ("rate evidence 95 %", "rate evidence 20 %")  # whose rule does not ask for the noise scale
 
 
 def run(name: str, workload: Workload, data: Any, seed: int) -> dict[str, Any]:
@@ -230,16 +233,17 @@ def wanted(arguments: argparse.Namespace, workload: Workload) -> Iterable[str]:
     if chosen:
         return chosen
     adam = workload.optimizer is adam_of_workloads
-    rules = [name for name in ADAPTIVE if adam or name not in RULES_OF_ADAM]
-    return [
+    left_out = NOT_OF_ADAM if adam else RULES_OF_ADAM
+    names = [
         *(f"fixed {size}" for size in workload.rates),
         "decay",
-        *rules,
+        *ADAPTIVE,
         *POLICIES,
         *WITH_DECAY,
         *SETTINGS,
         *CEILINGS,
     ]
+    return [name for name in names if name not in left_out]
 
 
 def main() -> None:
