@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from adaptive_batch.layers import batch_dependent_layers
 from adaptive_batch.memory import allocated_bytes
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
-from adaptive_batch.micro_batching import UNEQUAL, balanced_sizes, split_batch, unequal_sizes
+from adaptive_batch.micro_batching import UNEQUAL, split_batch, unequal_sizes
 from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
 from adaptive_batch.noise.schedule import PURPOSEFUL_PARTS
 from adaptive_batch.pass_memory import PassMemory
@@ -90,11 +90,8 @@ class Executor:
             self._few_first = not self._few_first
             return BatchClosure(self, batch, samples, split=partial(unequal_sizes, few_first=self._few_first))
         measure = measure and self.measurable and samples >= PURPOSEFUL_PARTS
-        return BatchClosure(self, batch, samples, split=_halves if measure else None, measure=measure)
-
-    def sizes(self, samples: int) -> list[int]:
-        """Samples of each pass that memory allows."""
-        return self.limit.sizes(samples)
+        halves = partial(self.limit.sizes, parts=PURPOSEFUL_PARTS)
+        return BatchClosure(self, batch, samples, split=halves if measure else None, measure=measure)
 
     def held(self) -> int:
         """Bytes that are held while no pass runs and no gradients are there."""
@@ -207,7 +204,7 @@ class BatchClosure:
         return loss
 
     def _sizes(self) -> list[int]:
-        sizes = self._executor.sizes(self.samples)
+        sizes = self._executor.limit.sizes(self.samples)
         if self._split is None or len(sizes) > 1:
             return sizes
         self.disturbed = True
@@ -249,7 +246,3 @@ class BatchClosure:
             if norms is not None:
                 norms.end_part(size, size if executor.sums else factor)
         return losses[0] if whole else torch.stack(losses).sum()
-
-
-def _halves(samples: int) -> list[int]:
-    return balanced_sizes(samples, -(-samples // PURPOSEFUL_PARTS))

@@ -241,10 +241,6 @@ def test_ranks_of_which_one_runs_out_of_memory_train_as_one_process(tmp_path: Pa
     torch.testing.assert_close(first, weights(one), rtol=1e-5, atol=1e-6)
 
 
-if __name__ == "__main__":
-    rank_main(Path(sys.argv[1]))
-
-
 @pytest.mark.parametrize("callback", [AdaptiveBatchSize, AutoMicroBatch, lambda: AdaptiveBatchSize(micro_batch_size=5)])
 def test_a_batch_is_let_go_when_its_update_is_done_without_waiting_for_the_garbage_collector(callback: Any) -> None:
     class Counted(Classifier):
@@ -265,3 +261,7 @@ def test_a_batch_is_let_go_when_its_update_is_done_without_waiting_for_the_garba
     finally:
         gc.enable()
     assert max(model.alive) <= 2  # this one, and what Lightning still holds of the last
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]))
