@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,7 @@ class Rollback:
         self._buffered = [(m, name) for m in modules for name in m._buffers]
         self._parameters = list(module.parameters())  # frozen ones too: they may be trained later
         self._generators = _generators(modules)
-        self._numpy = _NumpyState()
+        self._numpy, self._python = _NumpyState(), _PythonState()
         self._buffers: list[tuple[Tensor, Tensor] | None] = []
         self._gradients: list[Tensor | None] = []
         self._random: _RandomStates | None = None
@@ -42,7 +43,7 @@ class Rollback:
         """Remember the present state; ``accumulated`` says that the gradients hold earlier batches."""
         self._buffers = [_with_copy(module._buffers.get(name)) for module, name in self._buffered]
         self._gradients = [_copy(p.grad) if accumulated else None for p in self._parameters]
-        self._random = _RandomStates(self._generators, self._numpy.now())
+        self._random = _RandomStates(self._generators, self._numpy.now(), self._python.now())
 
     @torch.no_grad()
     def restore(self, *, gradients: bool) -> None:
@@ -83,11 +84,11 @@ class Rollback:
 class _RandomStates:
     """The states of all generators at one moment."""
 
-    def __init__(self, own: Iterable[torch.Generator], numpy_state: Any) -> None:
+    def __init__(self, own: Iterable[torch.Generator], numpy_state: Any, python_state: Any) -> None:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._numpy = numpy_state
-        self._python = random.getstate()
+        self._python = python_state
         self._own = [(generator, generator.get_state()) for generator in own]
 
     def restore(self) -> None:
@@ -119,6 +120,30 @@ class _NumpyState:
         words = ctypes.string_at(generator.ctypes.state_address, _TWISTER_BYTES)
         if words != self._words or self._state[3]:  # a normal number is put by
             self._words, self._state = words, np.random.get_state()
+        return self._state
+
+
+class _PythonState:
+    """The state of Python's global generator, copied only if it may have moved since the last time.
+
+    Its copy is a tuple of 625 numbers, made and thrown away. The generator's words lie in the object itself, so one
+    whose memory and put-by normal number are what they were has not moved; CPython alone says where the memory is.
+    """
+
+    def __init__(self) -> None:
+        self._generator: Any = getattr(random.getstate, "__self__", None)
+        self._readable = sys.implementation.name == "cpython" and type(self._generator) is random.Random
+        self._seen: tuple[Any, ...] = ()
+        self._state: Any = None
+
+    def now(self) -> Any:
+        """What ``random.setstate`` takes."""
+        if not self._readable:
+            return random.getstate()
+        memory = ctypes.string_at(id(self._generator), object.__sizeof__(self._generator))
+        seen = (memory, self._generator.gauss_next)
+        if seen != self._seen:
+            self._seen, self._state = seen, random.getstate()
         return self._state
 
 

@@ -689,28 +689,57 @@ def _merged(calls: list[_LogCall], parts: Parts, fx: str) -> tuple[Any, dict[str
 
 
 class StepLog:
-    """Logs a fixed set of numbers, cheaply enough for every update.
+    """Logs a fixed set of numbers at every update, and makes tensors of them only when somebody looks.
 
     ``LightningModule.log`` is called when a value is new to Lightning (at first, and after each epoch); in
-    between only a value that has changed is exchanged in what it keeps.
+    between the next reading of what Lightning keeps exchanges the values that have changed.
 
     Exchanged values stay on the host: a copy to an accelerator would wait for it.
 
-    Private: ``epoch_loop._results`` and its metrics' ``_forward_cache`` and ``has_reset`` (2.0 to 2.6).
+    Private: ``epoch_loop._results``, its ``metrics``, and its metrics' ``_forward_cache`` (2.0 to 2.6).
     """
 
     def __init__(self, trainer: Trainer, fx: str) -> None:
         self._trainer = trainer
         self._fx = fx
+        self._first = ""
         self._metrics: list[Any] = []
         self._logged: list[float] = []
+        self._kept: Tensor | None = None  # what the first of them holds, if nobody has exchanged it since
+        self._newest: Callable[[], Mapping[str, float]] | None = None
+        self._waits = False
 
-    def __call__(self, values: Mapping[str, float]) -> None:
-        """Log ``values`` for the step at hand, always the same names."""
+    def __call__(self, values: Callable[[], Mapping[str, float]]) -> None:
+        """Log ``values()`` for the step at hand, always the same names; it is asked for at the next reading."""
         results = self._trainer.fit_loop.epoch_loop._results
-        if not self._metrics or self._metrics[0].has_reset or results.get(self._first) is not self._metrics[0]:
-            self._log_all(results, values)
+        if not self._goes_on(results):
+            self._log_all(results, values())
             return
+        self._newest = values
+        if not self._waits:
+            self._wait(results)
+
+    def _goes_on(self, results: Any) -> bool:
+        """Whether Lightning still keeps what was logged here, and has not started anew."""
+        first = results.get(self._first)
+        return first is not None and first is self._metrics[0] and first._forward_cache is self._kept
+
+    def _wait(self, results: Any) -> None:
+        """Come before the next reading, and before another log that waits for it already."""
+        other = results.__dict__.get("metrics")
+
+        def metrics(on_step: bool) -> Any:
+            del results.__dict__["metrics"]
+            if other is not None:
+                results.__dict__["metrics"] = other
+            self._waits = False
+            if self._newest is not None and self._goes_on(results):
+                self._exchange(self._newest())
+            return results.metrics(on_step)
+
+        results.__dict__["metrics"], self._waits = metrics, True
+
+    def _exchange(self, values: Mapping[str, float]) -> None:
         for index, value in enumerate(values.values()):
             old = self._logged[index]
             if value != old and (value == value or old == old):  # NaN after NaN is no change
@@ -718,9 +747,11 @@ class StepLog:
                 # Past Module.__setattr__, which is slow.
                 self._metrics[index].__dict__.update(value=number, _forward_cache=number)
                 self._logged[index] = value
+        self._newest, self._kept = None, self._metrics[0]._forward_cache
 
     def _log_all(self, results: Any, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
         keys = [f"{self._fx}.{name}" for name in values]
         self._first, self._metrics, self._logged = keys[0], [results[key] for key in keys], list(values.values())
+        self._newest, self._kept = None, self._metrics[0]._forward_cache

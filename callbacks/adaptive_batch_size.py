@@ -719,40 +719,45 @@ class AdaptiveBatchSize(CallbackBase):
         return Change(self._updates, trainer.current_epoch, self._samples, size, previous, reason)
 
     def _record(self, trainer: Trainer, samples: int, nominal: int, seconds: float) -> None:
-        noise = self._controller.noise
-        update = Update(
-            step=self._updates,
-            epoch=trainer.current_epoch,
-            samples=self._samples,
-            batch_size=samples,
-            micro_batch_size=self._executor.micro_batch_size,
-            lr_scale=self._factor,
-            noise_scale=self._controller.noise_scale,
-            throughput=samples / seconds,
-            seconds=seconds,
+        self.history.add(
+            Update(
+                step=self._updates,
+                epoch=trainer.current_epoch,
+                samples=self._samples,
+                batch_size=samples,
+                micro_batch_size=self._executor.micro_batch_size,
+                lr_scale=self._factor,
+                noise_scale=self._controller.noise_scale,
+                throughput=samples / seconds,
+                seconds=seconds,
+            )
         )
-        self.history.add(update)
+        self._nominal = nominal
+        if not self._memory_is_logged:
+            self._note_memory()
+        self._log(self._values)
+
+    def _values(self) -> dict[str, float]:
+        """What is logged for the last update."""
+        noise, update = self._controller.noise, self.history.updates[-1]
         values = {
-            "adaptive_batch/batch_size": float(nominal),  # an epoch's short tail is in the history, not in the curve
+            "adaptive_batch/batch_size": float(self._nominal),  # an epoch's tail is in the history, not in the curve
             "adaptive_batch/micro_batch_size": float(update.micro_batch_size),
             "adaptive_batch/noise_scale": noise.noise_scale,
             "adaptive_batch/grad_sq_norm": noise.grad_sq_norm,
             "adaptive_batch/grad_variance": noise.grad_variance,
             "adaptive_batch/lr_scale": update.lr_scale,
             "adaptive_batch/throughput": update.throughput,
-            "adaptive_batch/samples": float(self._samples),
+            "adaptive_batch/samples": float(update.samples),
         }
-        if not self._memory_is_logged:
-            values["adaptive_batch/peak_memory"] = self._peak_memory()
-        self._log(values)
+        return values if self._memory_is_logged else {**values, "adaptive_batch/peak_memory": self._last_memory}
 
-    def _peak_memory(self) -> float:
+    def _note_memory(self) -> None:
         """Bytes of the largest measured pass; the process's resident size where no pass is measured."""
         if self._executor.peak_memory > 0:
             self._last_memory = self._executor.peak_memory
         elif self._micro_batches.budget is None and self._updates % _MEMORY_EVERY == 1:
             self._last_memory = resident_bytes()
-        return self._last_memory
 
     # The end, however it comes
 

@@ -118,7 +118,8 @@ class AutoMicroBatch(CallbackBase):
             if self._verbose and trainer.is_global_zero:
                 _lightning.logger_of(trainer).info(failure)
         self._executor.failures.clear()
-        self._log({"adaptive_batch/micro_batch_size": float(self.micro_batch_size)})
+        size = float(self.micro_batch_size)
+        self._log(lambda: {"adaptive_batch/micro_batch_size": size})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning calls no ``teardown`` after an exception."""

@@ -244,7 +244,8 @@ class GradientNoiseMonitor(CallbackBase):
         if self._updates % _READ_EVERY == 0 or trainer.is_last_batch:
             self._read()
         if self._values and not self._logged:
-            self._log(self._values)
+            values = self._values
+            self._log(lambda: values)
             self._logged = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

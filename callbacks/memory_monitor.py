@@ -115,7 +115,7 @@ class MemoryMonitor(CallbackBase):
             "predicted_peak_memory": predicted,
             "peak_memory_error": predicted / measured - 1 if measured else math.nan,
         }
-        self._log({f"adaptive_batch/{name}": value for name, value in values.items()})
+        self._log(lambda: {f"adaptive_batch/{name}": value for name, value in values.items()})
 
     def _stop(self) -> int | None:
         """Bytes measured since the batch started, ``None`` if nothing is being measured."""

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_problems import SAMPLES, Classifier, fit, loader
+from lightning_problems import SAMPLES, Classifier, fit, loader, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from adaptive_batch import Measurement
-from adaptive_batch.callbacks import AdaptiveBatchSize
+from adaptive_batch.callbacks import AdaptiveBatchSize, MemoryMonitor
 from adaptive_batch.policies import Constant, Milestones
 
 B0 = 16
@@ -215,6 +215,36 @@ class TestAttribution:
             assert f"adaptive_batch/{name}" in made.callback_metrics
         assert made.callback_metrics["adaptive_batch/samples"] == 2 * SAMPLES
         assert made.callback_metrics["adaptive_batch/throughput"] > 0
+
+    def test_who_looks_now_and_then_sees_the_update_before(self) -> None:
+        callback = resizing()
+        seen: list[tuple[Any, dict[str, float]]] = []
+        stops_at = 10
+
+        class Looks(pl.Callback):
+            def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+                if trainer.global_step == stops_at:
+                    raise RuntimeError("stopped")  # with values that nobody has looked at
+                if trainer.global_step % 3 == 0:
+                    metrics = {k[15:]: float(v) for k, v in trainer.callback_metrics.items()}
+                    seen.append((callback.history.updates[-1], metrics))
+
+        class Silent(Classifier):
+            def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+                """Looks at nothing."""
+
+        made = trainer([MemoryMonitor(), callback, Looks()], log_every_n_steps=1000, max_epochs=4)
+        with pytest.raises(RuntimeError, match="stopped"):
+            made.fit(Silent(), loader())
+        seen.clear()
+        stops_at = -1
+        made.fit(Silent(), loader())
+        assert len(seen) > 2
+        for update, metrics in seen:
+            assert metrics["samples"] == update.samples
+            assert metrics["throughput"] == pytest.approx(update.throughput)
+            assert metrics["lr_scale"] == pytest.approx(update.lr_scale)
+        assert len({metrics["peak_memory"] for _, metrics in seen}) > 1  # the monitor's, of batches of several sizes
 
 
 class TestBooks:

@@ -92,6 +92,17 @@ def test_norms_are_as_exact_as_the_gradients_and_do_not_overflow(dtype):
     assert whole_sq_norm([weight, other]) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("width", [3, 400], ids=["few numbers", "many numbers"])
+def test_the_norm_of_all_gradients_is_that_of_each_together(width):
+    torch.manual_seed(0)
+    gradients = [torch.randn(width, width, dtype=torch.float64).T, torch.randn(width, dtype=torch.float64)]
+    parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    expected = sum(float((gradient**2).sum()) for gradient in gradients)
+    assert whole_sq_norm(parameters) == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_parameter_given_twice_counts_once():
     weight = nn.Parameter(torch.ones(3))
     with PartNorms([weight, weight]) as norms:

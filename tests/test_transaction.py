@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -13,12 +14,15 @@ from adaptive_batch.transaction import Rollback
 DRAWS: dict[str, Callable[[], float]] = {
     "uniform": lambda: float(np.random.random()),
     "normal, of which NumPy puts every second by": lambda: float(np.random.standard_normal()),
+    "Python's uniform": random.random,
+    "Python's normal, of which it puts every second by": lambda: random.gauss(0.0, 1.0),
 }
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
-def test_numpys_numbers_come_again_wherever_an_update_begins(draw: Callable[[], float]) -> None:
+def test_random_numbers_come_again_wherever_an_update_begins(draw: Callable[[], float]) -> None:
     np.random.seed(3)
+    random.seed(3)
     rollback = Rollback(nn.Linear(1, 1))
     for before in (0, 1, 1, 0, 2, 1):  # from one update to the next, also an odd number or none
         for _ in range(before):

@@ -55,15 +55,17 @@ def jackknife_influence(sums: Array, weights: Array) -> tuple[Array, Array]:
 
     Args:
         sums: ``[K, D]`` rows, each times its weight.
-        weights: ``[K]`` weights, not all 0; rows without any have no influence, nor has one that has all.
+        weights: ``[K]`` weights, or ``[K, D]`` of each entry, not all 0; rows without any have no influence, nor has
+            one that has all.
 
     Returns:
         ``[D]`` weighted means, and ``[K, D]`` influences on them.
     """
-    total = weights.sum()
+    weights = weights.reshape(len(weights), -1)
+    total = weights.sum(0)
     means: Array = sums.sum(0) / total
     scale = total * np.sqrt(np.maximum(1 - weights / total, _NOTHING))
-    influence: Array = (sums - weights[:, None] * means) / scale[:, None]
+    influence: Array = (sums - weights * means) / scale
     return means, influence
 
 

@@ -12,6 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Metric", "PartNorms", "grad_sq_norm", "sq_norm"]
 
+_FEW = 2**16
+"""Numbers that are copied to lie side by side sooner than one kernel for each tensor is started."""
+
 Metric = Callable[[nn.Parameter, Tensor], Tensor]
 """``(parameter, gradient) -> gradient`` in the metric that norms are taken in."""
 
@@ -36,8 +39,13 @@ def grad_sq_norm(parameters: Iterable[nn.Parameter], metric: Metric | None = Non
 
 def sq_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Squared norm of the gradients, at least one, together."""
-    if any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients):
+    kinds = {(g.dtype, g.device) for g in gradients}
+    if any(dtype in (torch.float16, torch.bfloat16) for dtype, _ in kinds):
         return _joint_sq_norm([_norm(g) for g in gradients])
+    alike = len(kinds) == 1 and gradients[0].is_floating_point()
+    if alike and sum(g.numel() for g in gradients) <= _FEW:
+        joined = torch.cat([g.reshape(-1) for g in gradients])
+        return torch.dot(joined, joined)
     return _joint_sq_norm(torch._foreach_norm(list(gradients)))
 
 

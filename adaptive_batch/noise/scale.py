@@ -245,12 +245,13 @@ class GradientNoiseScale:
     def _means_and_spread(self) -> tuple[Array, Array, int]:
         """``tr(Sigma)`` and ``|G|^2``, the covariance of these estimates, and its degrees of freedom."""
         sums = np.array(self._blocks)
-        (norm,), norm_influence = jackknife_influence(sums[:, 1:2], sums[:, 0])
-        (share, variance), influence = jackknife_influence(sums[:, 3:5], sums[:, 2])
+        weights = sums[:, [0, 2, 2]]
+        (norm, share, variance), influence = jackknife_influence(sums[:, [1, 3, 4]], weights)
+        of_norm, of_share, of_variance = influence.T
         # Whole degrees of freedom are as good, and their quantiles have been computed before.
-        dof = round(_degrees_of_freedom(sums, norm_influence[:, 0], influence[:, 0]))
-        influence[:, 0] = norm_influence[:, 0] - influence[:, 0]
-        return np.array([variance, norm - share]), (influence.T @ influence)[::-1, ::-1], dof
+        dof = round(_degrees_of_freedom(weights, of_norm, of_share))
+        both = np.array([of_variance, of_norm - of_share])
+        return np.array([variance, norm - share]), both @ both.T, dof
 
     def _estimates(self) -> tuple[float, float]:
         """``tr(Sigma)`` and ``|G|^2``."""
@@ -313,9 +314,9 @@ def _join_lightest_pairs(blocks: list[list[float]], count: int) -> list[list[flo
     ]
 
 
-def _degrees_of_freedom(sums: Array, norm_influence: Array, share_influence: Array) -> float:
+def _degrees_of_freedom(weights: Array, norm_influence: Array, share_influence: Array) -> float:
     """Of the variance of ``|G|^2``, by Satterthwaite from those of its two averages; 0 if one cannot be told."""
-    norms, shares = effective_count(sums[:, 0]) - 1, effective_count(sums[:, 2]) - 1
+    norms, shares = effective_count(weights[:, 0]) - 1, effective_count(weights[:, 1]) - 1
     if min(norms, shares) < 1:
         return 0.0
     of_norms, of_shares = float(norm_influence @ norm_influence), float(share_influence @ share_influence)
