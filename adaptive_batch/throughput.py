@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median_low
 from typing import Any, NamedTuple
 
@@ -26,16 +26,48 @@ class _Point(NamedTuple):
     times: int
 
 
+class _Ring:
+    """The last observations around one size."""
+
+    def __init__(self) -> None:
+        self.observations: deque[tuple[int, float]] = deque(maxlen=_RING)
+        self._point: _Point | None = None
+
+    def add(self, samples: int, seconds: float) -> None:
+        self.observations.append((samples, seconds))
+        self._point = None
+
+    def slow_down(self, factor: float) -> None:
+        """All times become ``factor`` times as long."""
+        self.observations = deque([(n, t * factor) for n, t in self.observations], maxlen=_RING)
+        self._point = None
+
+    @property
+    def point(self) -> _Point:
+        """The medians."""
+        if self._point is None:
+            samples, seconds = (median_low(values) for values in zip(*self.observations, strict=True))
+            self._point = _Point(int(samples), seconds, len(self.observations))
+        return self._point
+
+
 class _Curve:
     """Seconds over samples, as medians of the last observations around each size.
 
     Observations of similar size share a ring. Both coordinates of its point are lower medians, and a
     lower median commutes with any non-decreasing function, so points of an affine cost lie on its line
     exactly, even where a ring mixes sizes.
+
+    A machine that slows down does so for all sizes: as the median of the size in use moves, the others' times are
+    moved with it. So all are times of a machine that is as fast as now, and two sizes compare as they did when one
+    followed the other.
     """
 
     def __init__(self) -> None:
-        self._rings: dict[int, deque[tuple[int, float]]] = {}  # least recently observed first
+        self._rings: dict[int, _Ring] = {}  # least recently observed first
+        self._in_use: int | None = None  # the ring that was last observed twice in a row
+        self._stay = 0  # observations of that ring since then
+        self._then: tuple[int, float] | None = None  # its point when the other rings last had the machine's pace
         self._points: list[_Point] | None = None
         self._affine: tuple[float, float] | None = None
 
@@ -46,42 +78,65 @@ class _Curve:
         if not 0 < seconds < math.inf:
             return
         key = round(_PER_OCTAVE * math.log2(samples))
+        if key != self._in_use:
+            self._keep_pace()  # what comes in has the present pace
+            if key == next(reversed(self._rings), None):
+                self._in_use, self._stay, self._then = key, 0, None
         ring = self._rings.pop(key, None)
         if ring is None:
             self._make_room()
-            ring = deque(maxlen=_RING)
-        ring.append((int(samples), float(seconds)))
+            ring = _Ring()
+        ring.add(int(samples), float(seconds))
         self._rings[key] = ring
         self._points = self._affine = None
+        if key == self._in_use:
+            self._stay += 1
+            if self._stay == _RING:
+                self._then = ring.point[:2]
+
+    def _keep_pace(self) -> None:
+        """Move the times of the sizes that are not in use as that of the one in use has moved."""
+        if self._in_use is None or self._then is None:
+            return
+        then, self._then = self._then, self._rings[self._in_use].point[:2]
+        (samples, before), (samples_now, now) = then, self._then
+        if now == before or samples_now != samples:  # where sizes vary, it may be they that have changed
+            return
+        for key, ring in self._rings.items():
+            if key != self._in_use:
+                ring.slow_down(now / before)
 
     def forget_above(self, samples: float) -> None:
         """Drops the rings of larger sizes."""
-        kept = {key: ring for key, ring in self._rings.items() if median_low(n for n, _ in ring) <= samples}
+        kept = {key: ring for key, ring in self._rings.items() if ring.point.samples <= samples}
         if len(kept) < len(self._rings):
-            self._rings, self._points, self._affine = kept, None, None
+            self._keep_rings(kept)
 
     def _make_room(self) -> None:
         if len(self._rings) < _MOST_SIZES:
             return
         oldest_first = list(self._rings)
         # Odd sizes seen once or twice (tails of epochs) go before a size that was really in use.
-        rare = (key for key in oldest_first if len(self._rings[key]) < _ENOUGH)
-        del self._rings[next(rare, oldest_first[0])]
+        rare = (key for key in oldest_first if len(self._rings[key].observations) < _ENOUGH)
+        left_out = next(rare, oldest_first[0])
+        self._keep_rings({key: ring for key, ring in self._rings.items() if key != left_out})
+
+    def _keep_rings(self, kept: dict[int, _Ring]) -> None:
+        self._rings, self._points, self._affine = kept, None, None
+        if self._in_use not in kept:
+            self._in_use, self._stay, self._then = None, 0, None
 
     @property
-    def observations(self) -> Iterator[tuple[int, float]]:
-        """All that is kept, in an order that rebuilds the same curve when it is added again."""
-        return (observation for ring in self._rings.values() for observation in ring)
+    def count(self) -> int:
+        """Observations that are kept."""
+        return sum(len(ring.observations) for ring in self._rings.values())
 
     @property
     def points(self) -> list[_Point]:
         """Measured sizes, ascending."""
         if self._points is None:
-            self._points = sorted(
-                _Point(median_low(n for n, _ in ring), median_low(t for _, t in ring), len(ring))
-                for ring in self._rings.values()
-                if len(ring) >= _ENOUGH
-            )
+            self._keep_pace()
+            self._points = sorted(ring.point for ring in self._rings.values() if len(ring.observations) >= _ENOUGH)
         return self._points
 
     @property
@@ -90,6 +145,22 @@ class _Curve:
         if self._affine is None:
             self._affine = _fit(self.points)
         return self._affine
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers; the observations in an order that rebuilds the same rings when they are added again."""
+        return {
+            "observations": [list(pair) for ring in self._rings.values() for pair in ring.observations],
+            "in_use": self._in_use,
+            "stay": self._stay,
+            "then": None if self._then is None else list(self._then),
+        }
+
+    def go_on(self, in_use: object, stay: object, then: tuple[int, float] | None) -> bool:
+        """Take up a saved stay at a size; whether there can be such a one."""
+        if type(stay) is not int or stay < 0 or not (in_use is None or (type(in_use) is int and in_use in self._rings)):
+            return False
+        self._in_use, self._stay, self._then = in_use, stay, then
+        return True
 
 
 class StepTimeModel:
@@ -158,8 +229,7 @@ class StepTimeModel:
     @property
     def wants_passes(self) -> bool:
         """Whether times of passes would make the slope better known: while updates have none, and few were timed."""
-        timed = sum(1 for _ in self._passes.observations)
-        return timed < _RING and math.isnan(self._updates.affine[1])
+        return self._passes.count < _RING and math.isnan(self._updates.affine[1])
 
     def forget_above(self, samples: float) -> None:
         """Drop what is known of updates and passes over more than ``samples``, or what counts as the same size."""
@@ -226,8 +296,8 @@ class StepTimeModel:
     def state_dict(self) -> dict[str, Any]:
         """Returns the observations as plain numbers."""
         return {
-            "updates": [list(observation) for observation in self._updates.observations],
-            "passes": [list(observation) for observation in self._passes.observations],
+            "updates": self._updates.state_dict(),
+            "passes": self._passes.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -266,14 +336,21 @@ def _fit(points: Sequence[_Point]) -> tuple[float, float]:
     return alpha, beta
 
 
-def _curve_of(observations: Iterable[Any]) -> _Curve:
-    curve = _Curve()
-    if not isinstance(observations, Iterable):
+def _curve_of(state: object) -> _Curve:
+    """The inverse of ``_Curve.state_dict``."""
+    if not isinstance(state, Mapping) or set(state) != set(_Curve().state_dict()):
+        raise ValueError(f"A StepTimeModel state says what was observed and which size is in use, not {state!r}.")
+    observations, in_use, stay, then = (state[key] for key in ("observations", "in_use", "stay", "then"))
+    if not isinstance(observations, Sequence):
         raise ValueError(f"A StepTimeModel state holds lists of [samples, seconds], not {observations!r}.")
-    for observation in observations:
+    for observation in observations if then is None else (*observations, then):
         if not _is_observation(observation):
             raise ValueError(f"A StepTimeModel state holds [samples >= 1, seconds > 0], not {observation!r}.")
+    curve = _Curve()
+    for observation in observations:
         curve.add(*observation)
+    if not curve.go_on(in_use, stay, None if then is None else tuple(then)):
+        raise ValueError(f"A StepTimeModel state cannot have the size {in_use!r} in use for {stay!r} observations.")
     return curve
 
 
