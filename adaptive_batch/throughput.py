@@ -58,16 +58,17 @@ class _Curve:
     lower median commutes with any non-decreasing function, so points of an affine cost lie on its line
     exactly, even where a ring mixes sizes.
 
-    A machine that slows down does so for all sizes: as the median of the size in use moves, the others' times are
-    moved with it. So all are times of a machine that is as fast as now, and two sizes compare as they did when one
-    followed the other.
+    A machine that slows down does so for all sizes: while the median of the size in use is above the least that it had
+    been, the others' times are longer by the same factor. A machine that is faster than it had been changes no other
+    time: as likely it was disturbed before, when the size was new.
     """
 
     def __init__(self) -> None:
         self._rings: dict[int, _Ring] = {}  # least recently observed first
         self._in_use: int | None = None  # the ring that was last observed twice in a row
         self._stay = 0  # observations of that ring since then
-        self._then: tuple[int, float] | None = None  # its point when the other rings last had the machine's pace
+        self._fastest: tuple[int, float] | None = None  # its point when that was lowest, all of it of this stay
+        self._slower = 1.0  # the factor that is in the other rings' times
         self._points: list[_Point] | None = None
         self._affine: tuple[float, float] | None = None
 
@@ -81,7 +82,7 @@ class _Curve:
         if key != self._in_use:
             self._keep_pace()  # what comes in has the present pace
             if key == next(reversed(self._rings), None):
-                self._in_use, self._stay, self._then = key, 0, None
+                self._stay_at(key)
         ring = self._rings.pop(key, None)
         if ring is None:
             self._make_room()
@@ -92,19 +93,25 @@ class _Curve:
         if key == self._in_use:
             self._stay += 1
             if self._stay == _RING:
-                self._then = ring.point[:2]
+                self._fastest = ring.point[:2]
+
+    def _stay_at(self, key: int | None) -> None:
+        self._in_use, self._stay, self._fastest, self._slower = key, 0, None, 1.0
 
     def _keep_pace(self) -> None:
-        """Move the times of the sizes that are not in use as that of the one in use has moved."""
-        if self._in_use is None or self._then is None:
+        """Let the times of the sizes that are not in use be as much longer as that of the one in use has become."""
+        if self._in_use is None or self._fastest is None:
             return
-        then, self._then = self._then, self._rings[self._in_use].point[:2]
-        (samples, before), (samples_now, now) = then, self._then
-        if now == before or samples_now != samples:  # where sizes vary, it may be they that have changed
+        samples, now = self._rings[self._in_use].point[:2]
+        if samples != self._fastest[0]:  # where sizes vary, it may be they that have changed
+            return
+        self._fastest = min(self._fastest, (samples, now))
+        before, self._slower = self._slower, now / self._fastest[1]
+        if self._slower == before:
             return
         for key, ring in self._rings.items():
             if key != self._in_use:
-                ring.slow_down(now / before)
+                ring.slow_down(self._slower / before)
 
     def forget_above(self, samples: float) -> None:
         """Drops the rings of larger sizes."""
@@ -124,7 +131,7 @@ class _Curve:
     def _keep_rings(self, kept: dict[int, _Ring]) -> None:
         self._rings, self._points, self._affine = kept, None, None
         if self._in_use not in kept:
-            self._in_use, self._stay, self._then = None, 0, None
+            self._stay_at(None)
 
     @property
     def count(self) -> int:
@@ -152,15 +159,22 @@ class _Curve:
             "observations": [list(pair) for ring in self._rings.values() for pair in ring.observations],
             "in_use": self._in_use,
             "stay": self._stay,
-            "then": None if self._then is None else list(self._then),
+            "fastest": None if self._fastest is None else list(self._fastest),
+            "slower": self._slower,
         }
 
-    def go_on(self, in_use: object, stay: object, then: tuple[int, float] | None) -> bool:
-        """Take up a saved stay at a size; whether there can be such a one."""
-        if type(stay) is not int or stay < 0 or not (in_use is None or (type(in_use) is int and in_use in self._rings)):
-            return False
-        self._in_use, self._stay, self._then = in_use, stay, then
-        return True
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved stay at a size."""
+        in_use, stay, fastest, slower = (state[key] for key in ("in_use", "stay", "fastest", "slower"))
+        known = in_use is None or (type(in_use) is int and in_use in self._rings)
+        counted = type(stay) is int and stay >= 0
+        paced = isinstance(slower, float) and 1 <= slower < math.inf and (fastest is None or _is_observation(fastest))
+        if not (known and counted and paced):
+            raise ValueError(
+                f"A StepTimeModel state cannot have in_use={in_use!r}, {stay=!r}, {fastest=!r}, {slower=!r}."
+            )
+        self._in_use, self._stay, self._slower = in_use, stay, slower
+        self._fastest = None if fastest is None else (fastest[0], fastest[1])
 
 
 class StepTimeModel:
@@ -340,17 +354,15 @@ def _curve_of(state: object) -> _Curve:
     """The inverse of ``_Curve.state_dict``."""
     if not isinstance(state, Mapping) or set(state) != set(_Curve().state_dict()):
         raise ValueError(f"A StepTimeModel state says what was observed and which size is in use, not {state!r}.")
-    observations, in_use, stay, then = (state[key] for key in ("observations", "in_use", "stay", "then"))
+    observations = state["observations"]
     if not isinstance(observations, Sequence):
         raise ValueError(f"A StepTimeModel state holds lists of [samples, seconds], not {observations!r}.")
-    for observation in observations if then is None else (*observations, then):
-        if not _is_observation(observation):
-            raise ValueError(f"A StepTimeModel state holds [samples >= 1, seconds > 0], not {observation!r}.")
     curve = _Curve()
     for observation in observations:
+        if not _is_observation(observation):
+            raise ValueError(f"A StepTimeModel state holds [samples >= 1, seconds > 0], not {observation!r}.")
         curve.add(*observation)
-    if not curve.go_on(in_use, stay, None if then is None else tuple(then)):
-        raise ValueError(f"A StepTimeModel state cannot have the size {in_use!r} in use for {stay!r} observations.")
+    curve.go_on(state)
     return curve
 
 

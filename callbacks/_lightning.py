@@ -71,6 +71,16 @@ class Patches:
             self._undo.pop()()
 
 
+_HOOKS_OF_AN_UPDATE = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+
+
+def skip_unused_hooks(patches: Patches, callback: Any) -> None:
+    """Spare every update the calls of those hooks that do nothing: Lightning passes over one that cannot be called."""
+    for name in _HOOKS_OF_AN_UPDATE:
+        if getattr(type(callback), name) is getattr(CallbackBase, name) and name not in vars(callback):
+            patches.override(callback, name, lambda _: None)
+
+
 def logger_of(trainer: Trainer) -> logging.Logger:
     """The logger of the Lightning package that the trainer is from, whose messages its users see."""
     return logging.getLogger(f"{_package_of(trainer)}.adaptive_batch")

@@ -247,6 +247,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
         self._limits = LoaderLimits(trainer)
         self._run_state = RunState(trainer, pl_module)
+        _lightning.skip_unused_hooks(self._patches, self)
         _lightning.override_setup_data(self._patches, trainer, self._setup_data)
         _lightning.override_train_loader(self._patches, trainer, self._adapt_loader)
         _lightning.override_closure(self._patches, trainer, self._make_closure)

@@ -190,9 +190,18 @@ def test_sizes_that_are_not_in_use_follow_a_machine_that_slows_down():
     times_of(model, 128, 2 * affine(128), 100)  # another program takes half of the machine
     for size in (16, 32, 64, 128, 256):
         assert model.predict(size) == pytest.approx(2 * affine(size))
-    times_of(model, 64, 2 * affine(64), 40)
-    times_of(model, 64, affine(64), 40)
+    times_of(model, 128, affine(128), 100)
     for size in (16, 32, 64, 128, 256):
+        assert model.predict(size) == pytest.approx(affine(size))
+
+
+def test_a_size_that_was_new_in_a_slow_moment_is_not_held_against_it_when_that_is_over():
+    model = StepTimeModel()
+    times_of(model, 32, affine(32), 40)
+    times_of(model, 64, 2 * affine(64), 40)
+    assert model.predict(64) > 2 * model.predict(32)
+    times_of(model, 64, affine(64), 40)
+    for size in (32, 64, 128):
         assert model.predict(size) == pytest.approx(affine(size))
 
 
@@ -280,7 +289,7 @@ def test_a_saved_model_continues_as_if_it_had_not_been_interrupted():
 
 
 def curve_state(**other: Any) -> dict[str, Any]:
-    return {"observations": [[32, 0.1]], "in_use": None, "stay": 0, "then": None, **other}
+    return {"observations": [[32, 0.1]], "in_use": None, "stay": 0, "fastest": None, "slower": 1.0, **other}
 
 
 @pytest.mark.parametrize(
@@ -302,8 +311,9 @@ def curve_state(**other: Any) -> dict[str, Any]:
         {"updates": curve_state(in_use="20"), "passes": curve_state()},
         {"updates": curve_state(stay=-1), "passes": curve_state()},
         {"updates": curve_state(stay=1.5), "passes": curve_state()},
-        {"updates": curve_state(then=[32]), "passes": curve_state()},
-        {"updates": curve_state(then=[32, -1.0]), "passes": curve_state()},
+        {"updates": curve_state(slower=0.5), "passes": curve_state()},
+        {"updates": curve_state(fastest=[32]), "passes": curve_state()},
+        {"updates": curve_state(fastest=[32, -1.0]), "passes": curve_state()},
     ],
 )
 def test_a_state_that_is_none_is_refused_and_changes_nothing(state):

@@ -73,16 +73,20 @@ _NOTHING = 1e-300
 """In the place of 0 under a division of 0."""
 
 
-def effective_count(weights: Array) -> float:
+def effective_count(weights: Array) -> Array:
     """``sum(w^2)^2 / sum(w^4)``: how many equally weighted rows tell as much about their own variance.
 
     This is Satterthwaite's count for the jackknife of rows of equal variance; ``K`` for equal weights.
+
+    Args:
+        weights: ``[K]``, or ``[K, D]`` of several means.
+
+    Returns:
+        A number, or ``[D]``; 0 where all weights are.
     """
-    largest = weights.max(initial=0.0)
-    if largest == 0:
-        return 0.0
-    squares = (weights / largest) ** 2
-    return float(squares.sum() ** 2 / (squares @ squares))
+    squares = np.square(weights / np.maximum(weights.max(0, initial=0.0), _NOTHING))
+    count: Array = np.square(squares.sum(0)) / np.maximum(np.square(squares).sum(0), _NOTHING)
+    return count
 
 
 def fieller_interval(means: Array, covariance: Array, quantile: float) -> tuple[float, float]:

@@ -44,7 +44,8 @@ def sq_norm(gradients: Sequence[Tensor]) -> Tensor:
         return _joint_sq_norm([_norm(g) for g in gradients])
     alike = len(kinds) == 1 and gradients[0].is_floating_point()
     if alike and sum(g.numel() for g in gradients) <= _FEW:
-        joined = torch.cat([g.reshape(-1) for g in gradients])
+        flat = [g.reshape(-1) for g in gradients]
+        joined = flat[0] if len(flat) == 1 else torch.cat(flat)
         return torch.dot(joined, joined)
     return _joint_sq_norm(torch._foreach_norm(list(gradients)))
 

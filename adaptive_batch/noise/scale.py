@@ -39,6 +39,9 @@ ones wait, in proportion to the square of its quantile.
 
 _STATE = {"memory", "blocks", "decay", "total", "since", "measurements", "skipped"}
 
+_ESTIMATES = np.array([[0.0, 1.0], [0.0, -1.0], [1.0, 0.0]])
+"""``tr(Sigma)`` and ``|G|^2`` from the averages of ``|g_B|^2``, ``tr(Sigma) / B`` and ``tr(Sigma)``."""
+
 _FINENESS = 2 * MAX_BLOCKS
 """A block is closed once it has one part in so many of all weight, so that a long run closes one now and then."""
 
@@ -102,7 +105,7 @@ class GradientNoiseScale:
 
     @memory.setter
     def memory(self, memory: float) -> None:
-        self._memory = _checked_memory(memory)
+        self._memory = memory if type(memory) is float and 0 < memory < math.inf else _checked_memory(memory)
 
     def reset(self) -> None:
         """Forget all measurements; ``memory`` stays."""
@@ -153,7 +156,8 @@ class GradientNoiseScale:
 
     def _add(self, size: float, sq_norm: float, grad_variance: float | None) -> None:
         """One more update; without ``grad_variance`` its norm alone."""
-        self._forget_answers()
+        if self._estimated is not None or self._intervals:
+            self._forget_answers()
         self._since += size
         self._decay *= math.exp(-size / self.memory)
         if self._decay < _SMALLEST:
@@ -247,11 +251,10 @@ class GradientNoiseScale:
         sums = np.array(self._blocks)
         weights = sums[:, [0, 2, 2]]
         (norm, share, variance), influence = jackknife_influence(sums[:, [1, 3, 4]], weights)
-        of_norm, of_share, of_variance = influence.T
         # Whole degrees of freedom are as good, and their quantiles have been computed before.
-        dof = round(_degrees_of_freedom(weights, of_norm, of_share))
-        both = np.array([of_variance, of_norm - of_share])
-        return np.array([variance, norm - share]), both @ both.T, dof
+        dof = round(_degrees_of_freedom(effective_count(weights), np.square(influence).sum(0)))
+        both = influence @ _ESTIMATES
+        return np.array([variance, norm - share]), both.T @ both, dof
 
     def _estimates(self) -> tuple[float, float]:
         """``tr(Sigma)`` and ``|G|^2``."""
@@ -314,12 +317,12 @@ def _join_lightest_pairs(blocks: list[list[float]], count: int) -> list[list[flo
     ]
 
 
-def _degrees_of_freedom(weights: Array, norm_influence: Array, share_influence: Array) -> float:
+def _degrees_of_freedom(counts: Array, variances: Array) -> float:
     """Of the variance of ``|G|^2``, by Satterthwaite from those of its two averages; 0 if one cannot be told."""
-    norms, shares = effective_count(weights[:, 0]) - 1, effective_count(weights[:, 1]) - 1
+    norms, shares = float(counts[0]) - 1, float(counts[1]) - 1
     if min(norms, shares) < 1:
         return 0.0
-    of_norms, of_shares = float(norm_influence @ norm_influence), float(share_influence @ share_influence)
+    of_norms, of_shares = float(variances[0]), float(variances[1])
     terms = of_norms**2 / norms + of_shares**2 / shares
     return min((of_norms + of_shares) ** 2 / terms, norms) if terms > 0 else norms
 
