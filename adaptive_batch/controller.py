@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adaptive_batch.lr_scaling import GroupValues, LRScaling, resolve_lr_scaling
@@ -78,11 +79,12 @@ class Decision:
 class _Stay:
     """No change; ``kind`` tells one reason from another, whatever the numbers in ``reason``.
 
-    Without a kind there is nothing to say: the policy is content, or it is too early to ask.
+    Without a kind there is nothing to say: the policy is content, or it is too early to ask. The reason is put into
+    words only where it is said.
     """
 
     kind: str = ""
-    reason: str = ""
+    reason: Callable[[], str] = str
 
 
 class BatchSizeController:
@@ -93,7 +95,7 @@ class BatchSizeController:
     at most a factor of two, 20 updates pass before a size is left, a change must promise 5 % of goodput
     where that can be computed, and it must still be right at the pessimistic end of the noise scale's
     confidence interval. Where nothing tells what a larger update costs (all passes had the same size), one
-    step up to a size that is surely below the noise scale finds it out, and is taken back if it does not
+    step up from a size that is surely below the noise scale finds it out, and is taken back if it does not
     pay. While the noise scale is so large that it cannot be told from an infinite one, a change has to be
     right for all noise scales from the lower end of its interval to infinity. Answers of schedules and
     functions are rounded and clamped, no more.
@@ -387,7 +389,7 @@ class BatchSizeController:
         answer = self._answer(m)
         if isinstance(answer, _Stay):
             if answer.kind and answer.kind not in self._noted:
-                self.note = f"{m.batch_size} stays: {answer.reason}"
+                self.note = f"{m.batch_size} stays: {answer.reason()}"
                 self._noted.append(answer.kind)
             return None
         self.note = None
@@ -402,7 +404,7 @@ class BatchSizeController:
     def _answer(self, m: Measurement) -> Decision | _Stay:
         proposal = self._proposal(self.policy, m)
         if not math.isfinite(proposal):
-            return _Stay("no proposal", f"the policy proposed {proposal}")
+            return _Stay("no proposal", lambda: f"the policy proposed {proposal}")
         if self.careful:
             return self._careful_answer(m, proposal)
         size = self._clamp(proposal)
@@ -464,32 +466,32 @@ class BatchSizeController:
         if goodput is not None and size > m.batch_size:
             all_noise = replace(m, noise_scale=math.inf)
             if goodput(size, all_noise) < (1 + MIN_PROMISE) * goodput(m.batch_size, all_noise):
-                return _Stay("cost", f"it would not pay at any noise scale{self._cost_in_words(m)}")
-        return _Stay("noise", "the gradient noise scale is not identified yet")
+                return _Stay("cost", lambda: f"it would not pay at any noise scale{self._cost_in_words(m)}")
+        return _Stay("noise", lambda: "the gradient noise scale is not identified yet")
 
     @property
     def _is_new(self) -> bool:
         return self._updates - self._changed_at < MIN_DWELL
 
     def _trial(self, m: Measurement) -> Decision | _Stay:
-        """A step up only to learn its time, where the samples are not wasted whatever that is."""
+        """A step up only to learn its time, where at most a third of its samples is wasted, whatever that is."""
         size = self._clamp(self._grid_above(m.batch_size))
         timed = math.isfinite(self.step_time.predict(m.batch_size))
-        if not timed or self._is_new or size == m.batch_size or not size <= m.interval[0]:
-            return _Stay("step time", "the time of a larger update is not known yet")
+        if not timed or self._is_new or size == m.batch_size or not m.batch_size <= m.interval[0]:
+            return _Stay("step time", lambda: "the time of a larger update is not known yet")
         words = f"{_words.noise_scale(m)}, to learn the time of a larger update"
         return Decision(size, m.batch_size, f"{m.batch_size} -> {size}: {words}")
 
     def _stay_at(self, m: Measurement, proposal: float) -> _Stay:
-        words = self._words(m, m.batch_size, proposal)
+        words = partial(self._words, m, m.batch_size, proposal)
         smallest, largest = self._bounds
         if proposal > m.batch_size == largest:
-            return _Stay("maximum", f"{words}, max_batch_size is {largest}")
+            return _Stay("maximum", lambda: f"{words()}, max_batch_size is {largest}")
         if proposal < m.batch_size == smallest:
-            return _Stay("minimum", f"{words}{self._cost_in_words(m)}, min_batch_size is {smallest}")
+            return _Stay("minimum", lambda: f"{words()}{self._cost_in_words(m)}, min_batch_size is {smallest}")
         if proposal == m.batch_size:
             return _Stay("best", words)
-        return _Stay("near", f"{words}, {_words.count(proposal)} is less than a factor of two away")
+        return _Stay("near", lambda: f"{words()}, {_words.count(proposal)} is less than a factor of two away")
 
     def _objection(self, m: Measurement, size: int, proposal: float) -> _Stay | None:
         """What speaks against a change: too small a promise, or too little evidence."""
@@ -504,18 +506,20 @@ class BatchSizeController:
             # Only a built-in policy can be asked what if: another one may count how often it is asked.
             asks = is_measured(self._active) and self.policy_needs & _FROM_PARTS
             if asks and (self._active.propose(doubtful) - m.batch_size) * (proposal - m.batch_size) <= 0:
-                words = self._words(m, m.batch_size, proposal)
-                return _Stay("interval", f"{words}, which does not rule out that it is right")
+                words = partial(self._words, m, m.batch_size, proposal)
+                return _Stay("interval", lambda: f"{words()}, which does not rule out that it is right")
             return None
         promise = goodput(size, m) / goodput(m.batch_size, m)
         if not promise >= 1 + MIN_PROMISE:
             return _Stay(
                 f"promise {size}",
-                f"{_words.noise_scale(m)}, {size} promises {_words.percent(promise)} goodput, less than "
-                f"{_words.percent(1 + MIN_PROMISE)}{self._cost_in_words(m)}",
+                lambda: (
+                    f"{_words.noise_scale(m)}, {size} promises {_words.percent(promise)} goodput, less than "
+                    f"{_words.percent(1 + MIN_PROMISE)}{self._cost_in_words(m)}"
+                ),
             )
         if not goodput(size, doubtful) >= goodput(m.batch_size, doubtful):
-            return _Stay("interval", f"{_words.noise_scale(m)} does not rule out a loss of goodput at {size}")
+            return _Stay("interval", lambda: f"{_words.noise_scale(m)} does not rule out a loss of goodput at {size}")
         return None
 
     def _cost_in_words(self, m: Measurement) -> str:

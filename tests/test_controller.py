@@ -259,6 +259,11 @@ class TestGoodputInSimulation:
         assert first.reason.endswith("to learn the time of a larger update")
         assert 70 <= run.batch_size <= 290
 
+    @pytest.mark.parametrize("seed", range(4))
+    def test_a_size_below_the_noise_scale_is_enough_to_learn_the_time(self, seed):
+        run = Run(controller_of(), phi=60.0, passes=False, time=lambda b: 40 + b / 32, seed=seed).steps(1500)
+        assert run.batch_size >= 4 * B0  # the best is near 280
+
     def test_a_step_to_learn_the_time_is_taken_back_where_it_does_not_pay(self):
         run = Run(controller_of(), passes=False, time=lambda b: b / 1000).steps(3000)
         assert [d.batch_size for d in decisions(run)[:2]] == [2 * B0, B0]

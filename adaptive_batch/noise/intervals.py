@@ -106,11 +106,12 @@ def fieller_interval(means: Array, covariance: Array, quantile: float) -> tuple[
         ``(low, high)``, the smallest interval in ``[0, inf]`` around the set; ``high`` is infinite when the
         denominator cannot be told from zero, and so is ``low`` when it is significantly negative.
     """
-    numerator, denominator = map(float, means)
+    numerator, denominator = means.tolist()
+    (of_numerator, joint), (_, of_denominator) = covariance.tolist()
     # The set is {r : a r^2 - 2 b r + c <= 0}.
-    a = denominator**2 - quantile**2 * float(covariance[1, 1])
-    b = numerator * denominator - quantile**2 * float(covariance[0, 1])
-    c = numerator**2 - quantile**2 * float(covariance[0, 0])
+    a = denominator**2 - quantile**2 * of_denominator
+    b = numerator * denominator - quantile**2 * joint
+    c = numerator**2 - quantile**2 * of_numerator
     root = math.sqrt(max(b * b - a * c, 0.0))
     if a > 0 and denominator < 0:
         return math.inf, math.inf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import chain, pairwise
 from numbers import Real
 from typing import Any
 
@@ -248,7 +248,7 @@ class GradientNoiseScale:
 
     def _means_and_spread(self) -> tuple[Array, Array, int]:
         """``tr(Sigma)`` and ``|G|^2``, the covariance of these estimates, and its degrees of freedom."""
-        sums = np.array(self._blocks)
+        sums = np.fromiter(chain.from_iterable(self._blocks), np.float64).reshape(len(self._blocks), -1)
         weights = sums[:, [0, 2, 2]]
         (norm, share, variance), influence = jackknife_influence(sums[:, [1, 3, 4]], weights)
         # Whole degrees of freedom are as good, and their quantiles have been computed before.
