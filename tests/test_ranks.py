@@ -252,7 +252,7 @@ def test_the_ranks_are_the_parts_of_the_noise_estimate(tmp_path: Path) -> None:
     ranks = run(tmp_path / "ranks", 2, policy="goodput", epochs=6)
     assert ranks[0]["noise"] == ranks[1]["noise"]
     _, variance, measurements = ranks[0]["noise"]
-    assert measurements > 20
+    assert measurements > 10
     (one,) = run(tmp_path / "one", 1, policy="constant", lr_scaling="none", epochs=6)
     assert variance > 0
     assert ranks[0]["global_step"] <= one["global_step"]
