@@ -32,7 +32,8 @@ from workloads import WORKLOADS, Rows, Workload, as_it_is
 from workloads import adam as adam_of_workloads
 
 from adaptive_batch import controller
-from adaptive_batch.callbacks import AdaptiveBatchSize
+from adaptive_batch.callbacks import AdaptiveBatchSize, _executor
+from adaptive_batch.noise.schedule import Schedule
 from adaptive_batch.policies import CriticalBatchWarmup, GeometricGrowth, LinearRamp, Milestones
 
 START = 32
@@ -165,6 +166,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "memory 1/4, 1": {"NOISE_MEMORY_FRACTIONS": (1 / 4, 1.0)},
 }
 """The default with other constants of ``adaptive_batch.controller``."""
+NOISE_RATES: dict[str, dict[str, Any]] = {
+    "noise rate 1/2": {"PARTS": Schedule(0, 1.5), "EXAMPLES": Schedule(8, 1.5)},
+    "noise rate 2": {"PARTS": Schedule(0, 6), "EXAMPLES": Schedule(8, 6)},
+}
+"""The default with updates measured half and twice as often."""
 CEILINGS: dict[str, Callable[[Workload, Any], int]] = {
     "ceiling 1/40": lambda workload, data: len(data[1]) // 40,
     "ceiling 1/3": lambda workload, data: len(data[1]) // 3,
@@ -183,8 +189,9 @@ def run(name: str, workload: Workload, data: Any, seed: int) -> dict[str, Any]:
         return train(workload, data, seed, horizon=workload.decay[2], adaptive=WITH_DECAY[name]())
     if name in CEILINGS:
         return train(workload, data, seed, adaptive=tuned(max_batch_size=CEILINGS[name](workload, data))())
-    if name in SETTINGS:
-        with patch.multiple(controller, **SETTINGS[name]):
+    if name in SETTINGS or name in NOISE_RATES:
+        where, constants = (controller, SETTINGS[name]) if name in SETTINGS else (_executor, NOISE_RATES[name])
+        with patch.multiple(where, **constants):
             return train(workload, data, seed, adaptive=ADAPTIVE["default"]())
     return train(workload, data, seed, adaptive={**ADAPTIVE, **POLICIES}[name]())
 
@@ -241,6 +248,7 @@ def wanted(arguments: argparse.Namespace, workload: Workload) -> Iterable[str]:
         *POLICIES,
         *WITH_DECAY,
         *SETTINGS,
+        *NOISE_RATES,
         *CEILINGS,
     ]
     return [name for name in names if name not in left_out]
