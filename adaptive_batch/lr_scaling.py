@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaScale",
     "AdamScale",
+    "HeavyBallScaling",
     "LRScaling",
     "LinearScaling",
     "NoScaling",
@@ -185,6 +186,53 @@ class AdaScale(_Rule):
         return gain(batch_size, reference_batch_size, noise_scale)
 
 
+class HeavyBallScaling(_Rule):
+    """AdaScale for SGD with momentum ``m``, linear as far as momentum keeps that stable.
+
+    The factor is ``max(r, min(k, s))``, ``k = B / B0`` and ``r`` AdaScale's :func:`gain`.
+
+    Linear scaling keeps the path of SGD while its steps are short beside the curvature ``h``. A step comes to
+    ``lr / (1 - m)``, which for plain SGD has to stay below ``2 / h``, and with momentum below ``2 s / h``,
+    ``s = (1 + m) / (1 - m)``, 19 for ``m = 0.9``; with Nesterov's momentum ``s = (1 + m) / (1 - m) / (1 + 2 m)``, 6.8.
+    A rate that suits a small batch is held down by noise long before that, so there is room for the linear rule; growth
+    beyond it is left to AdaScale. Without momentum this is AdaScale.
+
+    Source of the bound: Polyak, *Some methods of speeding up the convergence of iteration methods*, 1964, on a
+    quadratic. The combination is this project's own; what it is worth is in ``docs/benchmarks.md``.
+
+    Args:
+        momentum: ``m`` of the optimizer, at least 0 and below 1.
+        nesterov: whether it is Nesterov's.
+        options: those of the other rules.
+
+    Raises:
+        ValueError: a momentum out of its range, or an option that does not exist.
+    """
+
+    name = "heavy ball"
+    needs: frozenset[str] = frozenset({"noise"})
+
+    def __init__(self, momentum: float, *, nesterov: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        if not 0 <= momentum < 1:
+            raise ValueError(
+                f"momentum={momentum!r} cannot be a heavy ball's: pass the optimizer's, from 0 to below 1."
+            )
+        self.momentum = momentum
+        self.nesterov = nesterov
+
+    @property
+    def stable(self) -> float:
+        """``s``: how many times as far as plain SGD's a step may go."""
+        m = self.momentum
+        return (1 + m) / (1 - m) / (1 + 2 * m if self.nesterov else 1)
+
+    def factor(self, batch_size: float, reference_batch_size: float, noise_scale: float = math.nan) -> float:
+        """Returns ``max(r, min(B / B0, s))``."""
+        linear = min(_scale(batch_size, reference_batch_size), self.stable)
+        return max(gain(batch_size, reference_batch_size, noise_scale), linear)
+
+
 class AdamScale(_Rule):
     """AdaScale for Adam and its relatives: factor ``sqrt(r)``, ``r`` the :func:`gain`.
 
@@ -295,7 +343,7 @@ _AUTO: tuple[tuple[tuple[str, ...], Callable[[], LRScaling]], ...] = (
         ("adam", "adagrad", "adadelta", "adafactor", "adabelief", "rmsprop", "rprop", "yogi", "lamb", "lion"),
         SqrtScaling,
     ),
-    (("",), AdaScale),  # SGD and whatever else applies the gradient as it is
+    (("",), AdaScale),  # SGD without momentum and whatever else applies the gradient as it is
 )
 
 
@@ -312,7 +360,7 @@ def resolve_lr_scaling(
         rule: an object with ``factor``, or ``"none"``, ``"linear"``, ``"sqrt"``, ``"adascale"``,
             ``"adamscale"``, ``"sde"`` or ``"auto"``. Auto picks by the policy, and otherwise by the optimizer:
             :class:`SqrtScaling` for Adam and other adaptive ones, :class:`NoScaling` for LBFGS,
-            :class:`AdaScale` for SGD and the rest.
+            :class:`HeavyBallScaling` for SGD with momentum, :class:`AdaScale` for other SGD and the rest.
         optimizer: what ``"auto"`` looks at.
         policy: what the rule has to go with.
 
@@ -329,7 +377,7 @@ def resolve_lr_scaling(
             return resolve_lr_scaling(policy.auto_lr_scaling)
         if optimizer is None:
             raise ValueError('lr_scaling="auto" picks by the optimizer: pass one, or name a rule.')
-        return _auto_rule(optimizer)()
+        return _auto_rule(optimizer)
     found = _found(rule)
     if owns_lr and not isinstance(found, NoScaling):
         raise ValueError(
@@ -397,9 +445,13 @@ def _set(group: dict[str, Any], name: str, value: Any) -> None:
         group[name] = value
 
 
-def _auto_rule(optimizer: Optimizer) -> Callable[[], LRScaling]:
+def _auto_rule(optimizer: Optimizer) -> LRScaling:
     names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
-    return next(rule for parts, rule in _AUTO if any(part in name for part in parts for name in names))
+    groups = optimizer.param_groups
+    if "sgd" in names and all(0 < float(group.get("momentum", 0.0)) < 1 for group in groups):
+        nesterov = any(group.get("nesterov", False) for group in groups)
+        return HeavyBallScaling(min(float(group["momentum"]) for group in groups), nesterov=nesterov)
+    return next(rule for parts, rule in _AUTO if any(part in name for part in parts for name in names))()
 
 
 def _scale(batch_size: float, reference_batch_size: float) -> float:

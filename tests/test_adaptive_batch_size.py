@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -453,6 +454,29 @@ class TestAfterwards:
         with pytest.raises(RuntimeError, match="on purpose"):
             made.fit(Classifier(), loader())
         assert "_make_closure" not in made.fit_loop.epoch_loop.automatic_optimization.__dict__
+
+    @pytest.mark.parametrize("breaks", [False, True])
+    def test_hooks_that_do_nothing_are_there_again_and_those_of_a_subclass_are_called(self, breaks: bool) -> None:
+        called = []
+
+        class Own(AdaptiveBatchSize):
+            def on_before_backward(self, *args: Any) -> None:
+                super().on_before_backward(*args)
+                called.append("on_before_backward")
+
+            def on_after_backward(self, *args: Any) -> None:
+                super().on_after_backward(*args)
+                called.append("on_after_backward")
+                if breaks:
+                    raise RuntimeError("on purpose")
+
+        callback = Own("constant")
+        with pytest.raises(RuntimeError, match="on purpose") if breaks else nullcontext():
+            fit(Classifier(), loader(), [callback])
+        updates = 1 if breaks else len(callback.history)
+        assert called == ["on_before_backward", "on_after_backward"] * updates
+        for name in ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"):
+            assert callable(getattr(callback, name))
 
     def test_a_second_fit_goes_on_where_the_first_ended(self) -> None:
         callback = AdaptiveBatchSize(lambda m: 64, max_batch_size=64, adjust_every=1)

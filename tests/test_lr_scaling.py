@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from adaptive_batch.lr_scaling import (
     AdamScale,
     AdaScale,
+    HeavyBallScaling,
     LinearScaling,
     LRScaling,
     NoScaling,
@@ -20,7 +22,9 @@ from adaptive_batch.lr_scaling import (
 )
 from adaptive_batch.policies import CABS, DontDecay, LossProportional, Max, OnlyGrow, Plateau, Policy, Seesaw
 
-RULES: list[LRScaling] = [NoScaling(), LinearScaling(), SqrtScaling(), AdaScale(), AdamScale(), SDEScaling()]
+RULES: list[LRScaling] = [
+    NoScaling(), LinearScaling(), SqrtScaling(), AdaScale(), HeavyBallScaling(0.9), AdamScale(), SDEScaling(),
+]  # fmt: skip
 NAMES: dict[str, type[Any]] = {
     "none": NoScaling,
     "linear": LinearScaling,
@@ -168,6 +172,77 @@ class WithWarmup(torch.optim.AdamW):
 def test_auto_picks_by_the_optimizer(optimizer, rule):
     parameter = torch.nn.Parameter(torch.zeros(2))
     assert type(resolve_lr_scaling("auto", optimizer([parameter], lr=0.1))) is rule
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_auto_is_the_heavy_balls_rule_for_sgd_with_momentum(nesterov):
+    class Own(torch.optim.SGD):
+        pass
+
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))], "momentum": m} for m in (0.9, 0.8)]
+    rule = resolve_lr_scaling("auto", Own(groups, lr=0.1, momentum=0.5, nesterov=nesterov))
+    assert isinstance(rule, HeavyBallScaling)
+    assert (rule.momentum, rule.nesterov) == (0.8, nesterov)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))], "momentum": m} for m in (0.9, 0.0)]
+    assert type(resolve_lr_scaling("auto", torch.optim.SGD(groups, lr=0.1))) is AdaScale
+
+
+def test_what_others_than_sgd_call_momentum_is_no_heavy_ball():
+    class SGDScheduleFree(torch.optim.Optimizer):
+        def step(self, closure=None):
+            return None
+
+    optimizer = SGDScheduleFree([torch.nn.Parameter(torch.zeros(2))], {"lr": 0.1, "momentum": 0.9})
+    assert type(resolve_lr_scaling("auto", optimizer)) is AdaScale
+
+
+@pytest.mark.parametrize(
+    ("momentum", "nesterov", "k", "noise_scale", "expected"),
+    [
+        (0.9, False, 4, 50.0, 4.0),  # AdaScale alone: 2.5625 / 1.390625 = 1.84
+        (0.9, False, 4, math.nan, 4.0),
+        (0.9, False, 40, 320.0, 19.0),  # AdaScale alone: 11 / 1.25 = 8.8
+        (0.9, False, 40, math.inf, 40.0),
+        (0.9, False, 40, 3200.0, 101 / 3.5),
+        (0.5, False, 8, 32.0, 3.0),
+        (0.5, True, 8, 32.0, 2 / 1.125),
+        (0.9, True, 16, 0.0, 1.9 / 0.1 / 2.8),
+        (0.9, False, 0.5, 32.0, 2 / 3),
+    ],
+)
+def test_heavy_ball_is_linear_up_to_the_bound_of_momentum(momentum, nesterov, k, noise_scale, expected):
+    rule = HeavyBallScaling(momentum, nesterov=nesterov)
+    assert rule.factor(k * 32, 32, noise_scale) == pytest.approx(expected)
+
+
+def test_heavy_ball_without_momentum_is_adascale():
+    for size, noise_scale in itertools.product((16, 32, 64, 4096), (0.0, 20.0, 500.0, math.inf, math.nan)):
+        assert HeavyBallScaling(0.0).factor(size, 32, noise_scale) == AdaScale().factor(size, 32, noise_scale)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.3, 0.5, 0.9])
+def test_the_heavy_balls_bound_is_that_of_sgd_on_a_quadratic(momentum, nesterov):
+    plain_limit = 2.0  # of lr / (1 - m), for f = x^2 / 2
+
+    def end(factor: float) -> float:
+        x = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+        rate = factor * plain_limit * (1 - momentum)
+        optimizer = torch.optim.SGD([x], lr=rate, momentum=momentum, nesterov=nesterov)
+        for _ in range(3000):
+            x.grad = x.detach().clone()
+            optimizer.step()
+        return abs(x.item())
+
+    stable = HeavyBallScaling(momentum, nesterov=nesterov).stable
+    assert end(0.99 * stable) < 1e-3
+    assert end(1.01 * stable) > 1e3
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, math.nan])
+def test_a_momentum_that_is_no_heavy_balls_is_refused(momentum):
+    with pytest.raises(ValueError, match="cannot be a heavy ball's"):
+        HeavyBallScaling(momentum)
 
 
 def test_auto_knows_adaptive_optimizers_of_other_packages_by_name():
