@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median_low
 from typing import Any, NamedTuple
 
@@ -26,49 +26,16 @@ class _Point(NamedTuple):
     times: int
 
 
-class _Ring:
-    """The last observations around one size."""
-
-    def __init__(self) -> None:
-        self.observations: deque[tuple[int, float]] = deque(maxlen=_RING)
-        self._point: _Point | None = None
-
-    def add(self, samples: int, seconds: float) -> None:
-        self.observations.append((samples, seconds))
-        self._point = None
-
-    def slow_down(self, factor: float) -> None:
-        """All times become ``factor`` times as long."""
-        self.observations = deque([(n, t * factor) for n, t in self.observations], maxlen=_RING)
-        self._point = None
-
-    @property
-    def point(self) -> _Point:
-        """The medians."""
-        if self._point is None:
-            samples, seconds = (median_low(values) for values in zip(*self.observations, strict=True))
-            self._point = _Point(int(samples), seconds, len(self.observations))
-        return self._point
-
-
 class _Curve:
     """Seconds over samples, as medians of the last observations around each size.
 
     Observations of similar size share a ring. Both coordinates of its point are lower medians, and a
     lower median commutes with any non-decreasing function, so points of an affine cost lie on its line
     exactly, even where a ring mixes sizes.
-
-    A machine that slows down does so for all sizes: while the median of the size in use is above the least that it had
-    been, the others' times are longer by the same factor. A machine that is faster than it had been changes no other
-    time: as likely it was disturbed before, when the size was new.
     """
 
     def __init__(self) -> None:
-        self._rings: dict[int, _Ring] = {}  # least recently observed first
-        self._in_use: int | None = None  # the ring that was last observed twice in a row
-        self._stay = 0  # observations of that ring since then
-        self._fastest: tuple[int, float] | None = None  # its point when that was lowest, all of it of this stay
-        self._slower = 1.0  # the factor that is in the other rings' times
+        self._rings: dict[int, deque[tuple[int, float]]] = {}  # least recently observed first
         self._points: list[_Point] | None = None
         self._affine: tuple[float, float] | None = None
 
@@ -79,71 +46,42 @@ class _Curve:
         if not 0 < seconds < math.inf:
             return
         key = round(_PER_OCTAVE * math.log2(samples))
-        if key != self._in_use:
-            self._keep_pace()  # what comes in has the present pace
-            if key == next(reversed(self._rings), None):
-                self._stay_at(key)
         ring = self._rings.pop(key, None)
         if ring is None:
             self._make_room()
-            ring = _Ring()
-        ring.add(int(samples), float(seconds))
+            ring = deque(maxlen=_RING)
+        ring.append((int(samples), float(seconds)))
         self._rings[key] = ring
         self._points = self._affine = None
-        if key == self._in_use:
-            self._stay += 1
-            if self._stay == _RING:
-                self._fastest = ring.point[:2]
-
-    def _stay_at(self, key: int | None) -> None:
-        self._in_use, self._stay, self._fastest, self._slower = key, 0, None, 1.0
-
-    def _keep_pace(self) -> None:
-        """Let the times of the sizes that are not in use be as much longer as that of the one in use has become."""
-        if self._in_use is None or self._fastest is None:
-            return
-        samples, now = self._rings[self._in_use].point[:2]
-        if samples != self._fastest[0]:  # where sizes vary, it may be they that have changed
-            return
-        self._fastest = min(self._fastest, (samples, now))
-        before, self._slower = self._slower, now / self._fastest[1]
-        if self._slower == before:
-            return
-        for key, ring in self._rings.items():
-            if key != self._in_use:
-                ring.slow_down(self._slower / before)
 
     def forget_above(self, samples: float) -> None:
         """Drops the rings of larger sizes."""
-        kept = {key: ring for key, ring in self._rings.items() if ring.point.samples <= samples}
+        kept = {key: ring for key, ring in self._rings.items() if median_low(n for n, _ in ring) <= samples}
         if len(kept) < len(self._rings):
-            self._keep_rings(kept)
+            self._rings, self._points, self._affine = kept, None, None
 
     def _make_room(self) -> None:
         if len(self._rings) < _MOST_SIZES:
             return
         oldest_first = list(self._rings)
         # Odd sizes seen once or twice (tails of epochs) go before a size that was really in use.
-        rare = (key for key in oldest_first if len(self._rings[key].observations) < _ENOUGH)
-        left_out = next(rare, oldest_first[0])
-        self._keep_rings({key: ring for key, ring in self._rings.items() if key != left_out})
-
-    def _keep_rings(self, kept: dict[int, _Ring]) -> None:
-        self._rings, self._points, self._affine = kept, None, None
-        if self._in_use not in kept:
-            self._stay_at(None)
+        rare = (key for key in oldest_first if len(self._rings[key]) < _ENOUGH)
+        del self._rings[next(rare, oldest_first[0])]
 
     @property
-    def count(self) -> int:
-        """Observations that are kept."""
-        return sum(len(ring.observations) for ring in self._rings.values())
+    def observations(self) -> Iterator[tuple[int, float]]:
+        """All that is kept, in an order that rebuilds the same curve when it is added again."""
+        return (observation for ring in self._rings.values() for observation in ring)
 
     @property
     def points(self) -> list[_Point]:
         """Measured sizes, ascending."""
         if self._points is None:
-            self._keep_pace()
-            self._points = sorted(ring.point for ring in self._rings.values() if len(ring.observations) >= _ENOUGH)
+            self._points = sorted(
+                _Point(median_low(n for n, _ in ring), median_low(t for _, t in ring), len(ring))
+                for ring in self._rings.values()
+                if len(ring) >= _ENOUGH
+            )
         return self._points
 
     @property
@@ -152,29 +90,6 @@ class _Curve:
         if self._affine is None:
             self._affine = _fit(self.points)
         return self._affine
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers; the observations in an order that rebuilds the same rings when they are added again."""
-        return {
-            "observations": [list(pair) for ring in self._rings.values() for pair in ring.observations],
-            "in_use": self._in_use,
-            "stay": self._stay,
-            "fastest": None if self._fastest is None else list(self._fastest),
-            "slower": self._slower,
-        }
-
-    def go_on(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved stay at a size."""
-        in_use, stay, fastest, slower = (state[key] for key in ("in_use", "stay", "fastest", "slower"))
-        known = in_use is None or (type(in_use) is int and in_use in self._rings)
-        counted = type(stay) is int and stay >= 0
-        paced = isinstance(slower, float) and 1 <= slower < math.inf and (fastest is None or _is_observation(fastest))
-        if not (known and counted and paced):
-            raise ValueError(
-                f"A StepTimeModel state cannot have in_use={in_use!r}, {stay=!r}, {fastest=!r}, {slower=!r}."
-            )
-        self._in_use, self._stay, self._slower = in_use, stay, slower
-        self._fastest = None if fastest is None else (fastest[0], fastest[1])
 
 
 class StepTimeModel:
@@ -243,7 +158,8 @@ class StepTimeModel:
     @property
     def wants_passes(self) -> bool:
         """Whether times of passes would make the slope better known: while updates have none, and few were timed."""
-        return self._passes.count < _RING and math.isnan(self._updates.affine[1])
+        timed = sum(1 for _ in self._passes.observations)
+        return timed < _RING and math.isnan(self._updates.affine[1])
 
     def forget_above(self, samples: float) -> None:
         """Drop what is known of updates and passes over more than ``samples``, or what counts as the same size."""
@@ -310,8 +226,8 @@ class StepTimeModel:
     def state_dict(self) -> dict[str, Any]:
         """Returns the observations as plain numbers."""
         return {
-            "updates": self._updates.state_dict(),
-            "passes": self._passes.state_dict(),
+            "updates": [list(observation) for observation in self._updates.observations],
+            "passes": [list(observation) for observation in self._passes.observations],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -350,19 +266,14 @@ def _fit(points: Sequence[_Point]) -> tuple[float, float]:
     return alpha, beta
 
 
-def _curve_of(state: object) -> _Curve:
-    """The inverse of ``_Curve.state_dict``."""
-    if not isinstance(state, Mapping) or set(state) != set(_Curve().state_dict()):
-        raise ValueError(f"A StepTimeModel state says what was observed and which size is in use, not {state!r}.")
-    observations = state["observations"]
-    if not isinstance(observations, Sequence):
-        raise ValueError(f"A StepTimeModel state holds lists of [samples, seconds], not {observations!r}.")
+def _curve_of(observations: Iterable[Any]) -> _Curve:
     curve = _Curve()
+    if not isinstance(observations, Iterable):
+        raise ValueError(f"A StepTimeModel state holds lists of [samples, seconds], not {observations!r}.")
     for observation in observations:
         if not _is_observation(observation):
             raise ValueError(f"A StepTimeModel state holds [samples >= 1, seconds > 0], not {observation!r}.")
         curve.add(*observation)
-    curve.go_on(state)
     return curve
 
 

@@ -127,7 +127,7 @@ def test_updates_that_hooks_make_longer_are_not_timed() -> None:
 
     callback = AdaptiveBatchSize(Timed(), lr_scaling="none")
     fit(Classifier(), loader(), [callback], max_epochs=4)
-    timed = len(callback.controller.step_time.state_dict()["updates"]["observations"])
+    timed = len(callback.controller.step_time.state_dict()["updates"])
     assert 0 < timed <= len(callback.history.updates) - callback.controller.noise.measurements
 
 
@@ -177,7 +177,7 @@ def test_the_time_of_a_part_leaves_out_what_its_data_took() -> None:
     callback = AdaptiveBatchSize(max_batch_size=16)
     with patch("time.perf_counter", lambda: now[0]):
         fit(Timed(), DataLoader(Slow(), 16, shuffle=True), [callback], max_epochs=4)
-    times = {name: curve["observations"] for name, curve in callback.controller.step_time.state_dict().items()}
+    times = callback.controller.step_time.state_dict()
     assert {samples for samples, _ in times["passes"]} >= {4, 12}
     assert all(seconds == 1 + samples / 4 for samples, seconds in times["passes"])
     assert [16, 16 + 1 + 16 / 4] in times["updates"]  # an update's time has it

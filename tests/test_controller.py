@@ -300,7 +300,7 @@ class TestHazards:
             grown = [d for d in decisions(run) if d.batch_size > d.previous]
             lows = [float(d.reason.split("[")[1].split(",")[0]) for d in grown]
             assert all(low > d.previous for low, d in zip(lows, grown, strict=True))
-        assert max(max(run.sizes) for run in runs) <= 16 * B0
+        assert max(max(run.sizes) for run in runs) <= 8 * B0
 
     def test_a_noise_scale_too_large_to_be_identified_is_no_reason_to_stay(self):
         runs = [Run(controller_of(), phi=10_000.0, seed=seed).steps(600) for seed in range(12)]

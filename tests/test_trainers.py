@@ -1024,7 +1024,7 @@ def test_a_trainer_times_parts_that_nothing_else_makes_slower_and_updates_that_r
         MiniBatchTrainer(model, nn.functional.mse_loss, optimizer, batch_size=16, controller=controller).fit(
             (x, x.sum(1, keepdim=True)), epochs=6
         )
-    times = {name: curve["observations"] for name, curve in controller.step_time.state_dict().items()}
+    times = controller.step_time.state_dict()
     assert {tuple(one) for one in times["passes"]} == {(4, 2.0), (12, 4.0)}
     assert {tuple(one) for one in times["updates"]} == {(16, 5.0)}
     assert controller.noise.measurements > 10
