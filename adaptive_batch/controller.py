@@ -302,12 +302,17 @@ class BatchSizeController:
         if self.exchange is not None:
             pending = self.exchange(pending)
         numbers = iter(read_numbers([n for m in pending for n in (*m.part_sq_norms, m.sq_norm, m.loss)]))
-        losses = []
+        samples, losses = 0, 0.0
         for m in pending:
-            norms = [next(numbers) for _ in m.part_sq_norms]
-            self._absorb_noise(m, norms, next(numbers))
+            if len(m.part_sq_norms):
+                self._absorb_parts(m, [next(numbers) for _ in m.part_sq_norms], next(numbers))
+            else:
+                self._absorb_norm(m.batch_size, next(numbers))
             self._absorb_time(m)
-            losses.append((m.batch_size, next(numbers)))
+            loss = next(numbers)
+            if math.isfinite(loss):
+                samples += m.batch_size
+                losses += m.batch_size * loss
         self._pending.clear()
         noise = self.noise
         if noise.identified:
@@ -315,28 +320,33 @@ class BatchSizeController:
         least = _least_noise_scale(noise.grad_sq_norm, noise.interval(RATE_EVIDENCE))
         if least is not None:
             self._rate_noise_scale = least
-        known = [(size, loss) for size, loss in losses if math.isfinite(loss)]
-        return sum(size * loss for size, loss in known) / sum(size for size, _ in known) if known else math.nan
+        return losses / samples if samples else math.nan
 
-    def _absorb_noise(self, m: Measurement, part_sq_norms: list[float], sq_norm: float) -> None:
-        measured = len(part_sq_norms) > 1
-        if not measured and not math.isfinite(sq_norm):
-            return
-        size = sum(m.part_sizes) if measured else m.batch_size
-        self._measured_samples += size
-        for noise, fraction in zip(self._noises, NOISE_MEMORY_FRACTIONS, strict=True):
-            noise.memory = max(NOISE_MEMORY_UPDATES * size, fraction * self._measured_samples)
-            if measured:
-                noise.update(part_sq_norms, m.part_sizes, sq_norm)
-            else:
+    def _absorb_norm(self, size: int, sq_norm: float) -> None:
+        """Of an update whose parts were not measured; NaN where nothing was."""
+        if math.isfinite(sq_norm):
+            self._look_back(size)
+            for noise in self._noises:
                 noise.update_norm(sq_norm, size)
-        if not measured:
+
+    def _absorb_parts(self, m: Measurement, part_sq_norms: list[float], sq_norm: float) -> None:
+        if len(part_sq_norms) < 2:
+            self._absorb_norm(m.batch_size, sq_norm)
             return
+        self._look_back(sum(m.part_sizes))
+        for noise in self._noises:
+            noise.update(part_sq_norms, m.part_sizes, sq_norm)
         if "inner_products" in self._needs:  # other sources than pairs of parts may stand for the norms of pairs
             self.inner_products.update(part_sq_norms, m.part_sizes, sq_norm)
         newest = two_batch_estimate(part_sq_norms, m.part_sizes, sq_norm)
         if math.isfinite(sum(newest)):
             self._newest = (m.update, *newest)
+
+    def _look_back(self, size: int) -> None:
+        """How far the averages do, once ``size`` more samples are measured."""
+        self._measured_samples += size
+        for noise, fraction in zip(self._noises, NOISE_MEMORY_FRACTIONS, strict=True):
+            noise.memory = max(NOISE_MEMORY_UPDATES * size, fraction * self._measured_samples)
 
     def _absorb_time(self, m: Measurement) -> None:
         measured = len(m.part_sq_norms) > 1

@@ -19,9 +19,17 @@ Number: TypeAlias = float | Tensor
 
 def read_numbers(values: Sequence[Number]) -> list[float]:
     """All numbers as floats, fetching those that live on a device in one transfer."""
-    tensors = [v.detach() for v in values if isinstance(v, Tensor)]
-    fetched = iter(_stacked(tensors).tolist() if tensors else ())
-    return [next(fetched) if isinstance(v, Tensor) else float(v) for v in values]
+    found = [_read(v) for v in values]
+    there = [v for v in found if isinstance(v, Tensor)]
+    fetched = iter(_stacked(there).tolist() if there else ())
+    return [next(fetched) if isinstance(v, Tensor) else v for v in found]
+
+
+def _read(value: Number) -> Number:
+    """A float, if it can be had without waiting for a device."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return float(value.item()) if value.is_cpu else value.detach()
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

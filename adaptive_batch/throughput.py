@@ -36,6 +36,7 @@ class _Curve:
 
     def __init__(self) -> None:
         self._rings: dict[int, deque[tuple[int, float]]] = {}  # least recently observed first
+        self._medians: dict[int, _Point] = {}  # of the rings that are as they were when they were last looked at
         self._points: list[_Point] | None = None
         self._affine: tuple[float, float] | None = None
 
@@ -52,13 +53,14 @@ class _Curve:
             ring = deque(maxlen=_RING)
         ring.append((int(samples), float(seconds)))
         self._rings[key] = ring
+        self._medians.pop(key, None)
         self._points = self._affine = None
 
     def forget_above(self, samples: float) -> None:
         """Drops the rings of larger sizes."""
         kept = {key: ring for key, ring in self._rings.items() if median_low(n for n, _ in ring) <= samples}
         if len(kept) < len(self._rings):
-            self._rings, self._points, self._affine = kept, None, None
+            self._rings, self._medians, self._points, self._affine = kept, {}, None, None
 
     def _make_room(self) -> None:
         if len(self._rings) < _MOST_SIZES:
@@ -66,7 +68,9 @@ class _Curve:
         oldest_first = list(self._rings)
         # Odd sizes seen once or twice (tails of epochs) go before a size that was really in use.
         rare = (key for key in oldest_first if len(self._rings[key]) < _ENOUGH)
-        del self._rings[next(rare, oldest_first[0])]
+        key = next(rare, oldest_first[0])
+        del self._rings[key]
+        self._medians.pop(key, None)
 
     @property
     def observations(self) -> Iterator[tuple[int, float]]:
@@ -77,12 +81,14 @@ class _Curve:
     def points(self) -> list[_Point]:
         """Measured sizes, ascending."""
         if self._points is None:
-            self._points = sorted(
-                _Point(median_low(n for n, _ in ring), median_low(t for _, t in ring), len(ring))
-                for ring in self._rings.values()
-                if len(ring) >= _ENOUGH
-            )
+            self._points = sorted(self._median(key) for key, ring in self._rings.items() if len(ring) >= _ENOUGH)
         return self._points
+
+    def _median(self, key: int) -> _Point:
+        if key not in self._medians:
+            samples, seconds = zip(*self._rings[key], strict=True)
+            self._medians[key] = _Point(median_low(samples), median_low(seconds), len(samples))
+        return self._medians[key]
 
     @property
     def affine(self) -> tuple[float, float]:

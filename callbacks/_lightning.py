@@ -699,69 +699,73 @@ def _merged(calls: list[_LogCall], parts: Parts, fx: str) -> tuple[Any, dict[str
 
 
 class StepLog:
-    """Logs a fixed set of numbers at every update, and makes tensors of them only when somebody looks.
+    """Logs a fixed set of numbers at every update, and makes tensors of them only when Lightning reads.
 
-    ``LightningModule.log`` is called when a value is new to Lightning (at first, and after each epoch); in
-    between the next reading of what Lightning keeps exchanges the values that have changed.
+    ``LightningModule.log`` is called once, so that Lightning checks the names. From then on it passes over what it has
+    of them, which saves going through each at every batch, and finds the newest values beside its own.
 
-    Exchanged values stay on the host: a copy to an accelerator would wait for it.
+    Values stay on the host: a copy to an accelerator would wait for it.
 
-    Private: ``epoch_loop._results``, its ``metrics``, and its metrics' ``_forward_cache`` (2.0 to 2.6).
+    Private: ``epoch_loop._results``, its ``metrics``, and its metrics' ``_forward_cache`` and ``has_reset`` (2.0 to
+    2.6).
     """
 
     def __init__(self, trainer: Trainer, fx: str) -> None:
         self._trainer = trainer
         self._fx = fx
-        self._first = ""
-        self._metrics: list[Any] = []
-        self._logged: list[float] = []
-        self._kept: Tensor | None = None  # what the first of them holds, if nobody has exchanged it since
+        self._logged: dict[str, float] = {}
+        self._tensors: dict[str, Tensor] = {}
         self._newest: Callable[[], Mapping[str, float]] | None = None
-        self._waits = False
 
     def __call__(self, values: Callable[[], Mapping[str, float]]) -> None:
         """Log ``values()`` for the step at hand, always the same names; it is asked for at the next reading."""
-        results = self._trainer.fit_loop.epoch_loop._results
-        if not self._goes_on(results):
-            self._log_all(results, values())
-            return
-        self._newest = values
-        if not self._waits:
-            self._wait(results)
+        if self._logged:
+            self._newest = values
+        else:
+            self._start(values())
 
-    def _goes_on(self, results: Any) -> bool:
-        """Whether Lightning still keeps what was logged here, and has not started anew."""
-        first = results.get(self._first)
-        return first is not None and first is self._metrics[0] and first._forward_cache is self._kept
-
-    def _wait(self, results: Any) -> None:
-        """Come before the next reading, and before another log that waits for it already."""
-        other = results.__dict__.get("metrics")
-
-        def metrics(on_step: bool) -> Any:
-            del results.__dict__["metrics"]
-            if other is not None:
-                results.__dict__["metrics"] = other
-            self._waits = False
-            if self._newest is not None and self._goes_on(results):
-                self._exchange(self._newest())
-            return results.metrics(on_step)
-
-        results.__dict__["metrics"], self._waits = metrics, True
-
-    def _exchange(self, values: Mapping[str, float]) -> None:
-        for index, value in enumerate(values.values()):
-            old = self._logged[index]
-            if value != old and (value == value or old == old):  # NaN after NaN is no change
-                number = torch.tensor(value, dtype=torch.float32)
-                # Past Module.__setattr__, which is slow.
-                self._metrics[index].__dict__.update(value=number, _forward_cache=number)
-                self._logged[index] = value
-        self._newest, self._kept = None, self._metrics[0]._forward_cache
-
-    def _log_all(self, results: Any, values: Mapping[str, float]) -> None:
+    def _start(self, values: Mapping[str, float]) -> None:
+        results: Any = self._trainer.fit_loop.epoch_loop._results
         for name, value in values.items():
             self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
-        keys = [f"{self._fx}.{name}" for name in values]
-        self._first, self._metrics, self._logged = keys[0], [results[key] for key in keys], list(values.values())
-        self._newest, self._kept = None, self._metrics[0]._forward_cache
+            metric = results[f"{self._fx}.{name}"]
+            self._tensors[name] = metric._forward_cache
+            metric.has_reset = True
+        self._logged = dict(values)
+        reading = results.__dict__.setdefault("metrics", _Reading(results))
+        reading.logs.append(self)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The newest values."""
+        if self._newest is not None:
+            for name, value in self._newest().items():
+                old = self._logged[name]
+                if value != old and (value == value or old == old):  # NaN after NaN is no change
+                    self._logged[name], self._tensors[name] = value, torch.tensor(value, dtype=torch.float32)
+            self._newest = None
+        return self._tensors
+
+    def close(self) -> None:
+        """After the run: let Lightning read as before."""
+        results: Any = self._trainer.fit_loop.epoch_loop._results
+        reading = results.__dict__.get("metrics")
+        if reading is not None and self in reading.logs:
+            reading.logs.remove(self)
+            if not reading.logs:
+                del results.__dict__["metrics"]
+
+
+class _Reading:
+    """What Lightning reads of a step: its own values, and those of the logs beside it."""
+
+    def __init__(self, results: Any) -> None:
+        self._read = results.metrics
+        self.logs: list[StepLog] = []
+
+    def __call__(self, on_step: bool) -> Any:
+        metrics = self._read(on_step)
+        for log in self.logs if on_step else ():
+            values = log.tensors()
+            metrics["callback"].update(values)
+            metrics["log"].update(values)
+        return metrics

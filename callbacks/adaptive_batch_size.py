@@ -246,6 +246,7 @@ class AdaptiveBatchSize(CallbackBase):
                 'and micro_batch_size="auto", or leave it out.'
             )
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
+        self._patches.later(self._log.close)
         self._limits = LoaderLimits(trainer)
         self._run_state = RunState(trainer, pl_module)
         _lightning.skip_unused_hooks(self._patches, self)

@@ -93,6 +93,7 @@ class AutoMicroBatch(CallbackBase):
         self._trainer = trainer
         self._executor = self._splitting.executor(trainer, pl_module)
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
+        self._patches.later(self._log.close)
         _lightning.override_closure(self._patches, trainer, self._make_closure)
 
     def _make_closure(self, original: Callable[..., Any], kwargs: Any, optimizer: Any, batch_idx: int) -> Any:

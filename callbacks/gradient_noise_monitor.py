@@ -96,6 +96,7 @@ class GradientNoiseMonitor(CallbackBase):
         self._measured_samples = 0.0
         self._unread: list[NoiseSample] = []
         self._values: dict[str, float] = {}
+        self._patches = _lightning.Patches()
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -121,6 +122,7 @@ class GradientNoiseMonitor(CallbackBase):
                 f"GradientNoiseMonitor needs exactly one optimizer, but configure_optimizers returned "
                 f"{len(trainer.optimizers)}; combine them into one with several parameter groups."
             )
+        self._patches.undo()
         self._forget_run()
         optimizer = trainer.optimizers[0]
         self._metric = AdamMetric(optimizer) if self._preconditioned else None
@@ -135,6 +137,7 @@ class GradientNoiseMonitor(CallbackBase):
         self._check(trainer, name)
         self._take(trainer, pl_module, name)
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
+        self._patches.later(self._log.close)
 
     def _check(self, trainer: Trainer, name: str) -> None:
         if name == "micro_batches" and trainer.accumulate_grad_batches == 1:
@@ -293,6 +296,7 @@ class GradientNoiseMonitor(CallbackBase):
     def _release(self) -> None:
         if self._source is not None:
             self._source.cancel()
+        self._patches.undo()
         self._forget_run()
 
     # Checkpoints

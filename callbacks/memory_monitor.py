@@ -56,6 +56,7 @@ class MemoryMonitor(CallbackBase):
         check_function("batch_size_of", batch_size_of)
         self._batch_size_of = batch_size_of
         self.model = MemoryModel()
+        self._patches = _lightning.Patches()
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -66,7 +67,9 @@ class MemoryMonitor(CallbackBase):
         """Find out what is in memory anyway."""
         self._forget_run()
         self._resident = [*pl_module.parameters(), *pl_module.buffers()]
+        self._patches.undo()
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
+        self._patches.later(self._log.close)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start to measure."""
@@ -128,10 +131,12 @@ class MemoryMonitor(CallbackBase):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop measuring; Lightning calls no ``teardown`` after an exception."""
         self._stop()
+        self._patches.undo()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop measuring."""
         self._stop()
+        self._patches.undo()
 
     def state_dict(self) -> dict[str, Any]:
         """The measurements, as plain numbers."""

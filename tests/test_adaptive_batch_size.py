@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import math
 import random
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_problems import SAMPLES, Classifier, fit, loader, trainer
+from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -246,6 +249,34 @@ class TestAttribution:
             assert metrics["throughput"] == pytest.approx(update.throughput)
             assert metrics["lr_scale"] == pytest.approx(update.lr_scale)
             assert metrics["peak_memory"] == pytest.approx(monitor.model.predict(update.batch_size), rel=1e-2)
+
+    def test_a_logger_is_given_the_values_of_every_update_in_every_epoch(self, tmp_path: Path) -> None:
+        callback, monitor = resizing(), MemoryMonitor()
+        logger = CSVLogger(tmp_path)
+        fit(Classifier(), loader(), [callback, monitor], logger=logger, log_every_n_steps=1, max_epochs=3)
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["adaptive_batch/samples"]]
+        assert [float(row["adaptive_batch/samples"]) for row in rows] == callback.history.column("samples")
+        assert [float(row["adaptive_batch/lr_scale"]) for row in rows] == pytest.approx(
+            callback.history.column("lr_scale")
+        )
+        assert all(float(row["adaptive_batch/peak_memory"]) > 0 for row in rows)
+
+    def test_the_next_run_without_the_callback_has_no_values_of_it(self) -> None:
+        seen: list[set[str]] = []
+
+        class Looks(pl.Callback):
+            def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+                seen.append({name for name in trainer.callback_metrics if name.startswith("adaptive_batch/")})
+
+        made = trainer([resizing(), MemoryMonitor(), Looks()], max_epochs=1)
+        made.fit(Classifier(), loader())
+        assert all(seen)
+        seen.clear()
+        made.callbacks = [callback for callback in made.callbacks if isinstance(callback, Looks)]
+        made.fit_loop.max_epochs = 2
+        made.fit(Classifier(), loader())
+        assert seen and not any(seen)
 
 
 class TestBooks:

@@ -24,13 +24,12 @@ from torch import nn
 
 from adaptive_batch.noise import (
     GradientNoiseScale,
-    effective_count,
     fieller_interval,
     harmonic_mean,
-    jackknife_influence,
     student_t_quantile,
     two_batch_estimate,
 )
+from adaptive_batch.noise.scale import jackknife
 
 Array = NDArray[np.float64]
 Norms = tuple[Array, Array]
@@ -246,7 +245,8 @@ def test_memory_and_state_stay_bounded_in_a_long_run() -> None:
     blocks = scale.state_dict()["blocks"]
     assert 50 < len(blocks) <= 97 and scale.measurements == 10_000
     # Even weights: next to nothing of the 64 blocks' evidence about the spread is lost.
-    assert effective_count(np.array(blocks)[:-1, 0]) > 45
+    squares = np.array(blocks)[:-1, 0] ** 2
+    assert squares.sum() ** 2 / (squares**2).sum() > 45
 
 
 def test_an_update_much_larger_than_the_memory_leaves_only_itself() -> None:
@@ -380,24 +380,73 @@ def test_t_quantile_agrees_with_printed_tables(dof: float, confidence: float, ta
     assert student_t_quantile(confidence, dof) == pytest.approx(table, abs=5.1e-5)
 
 
+def blocks_of(rows: Array, weights: Array) -> list[list[float]]:
+    """``[K, 3]`` values of the norm, the share and the variance, as sums with ``[K]`` weights, alike for all three."""
+    norm, share, variance = (weights * column for column in rows.T)
+    return np.stack([weights, norm, weights, share, variance], 1).tolist()
+
+
 def test_jackknife_of_equal_weights_is_the_textbook_one() -> None:
-    rows = np.random.default_rng(12).standard_normal((12, 2))
-    means, influence = jackknife_influence(0.3 * rows, np.full(12, 0.3))
-    np.testing.assert_allclose(means, rows.mean(0), rtol=1e-12)
-    ours = influence.T @ influence
-    np.testing.assert_allclose(ours, delete_one_covariance(rows), rtol=1e-12)
+    rows = np.random.default_rng(12).standard_normal((12, 3))
+    covariance, _ = jackknife(blocks_of(rows, np.full(12, 0.3)))
+    estimates = np.stack([rows[:, 2], rows[:, 0] - rows[:, 1]], 1)
+    np.testing.assert_allclose(covariance, delete_one_covariance(estimates), rtol=1e-12)
 
 
 def test_jackknife_is_unbiased_when_variance_is_inverse_to_weight() -> None:
     rng, weights = np.random.default_rng(13), np.array([1.0, 2, 4, 8, 16, 32])
-    rows = rng.standard_normal((20_000, 6, 1)) / np.sqrt(weights)[:, None]
-    values = np.array([(jackknife_influence(r * weights[:, None], weights)[1] ** 2).sum() for r in rows])
-    assert standard_errors_off(values, 1 / weights.sum()) < 3
+    rows = rng.standard_normal((20_000, 6, 3)) / np.sqrt(weights)[:, None]
+    variances = np.array([np.diag(jackknife(blocks_of(r, weights))[0]) for r in rows])
+    assert standard_errors_off(variances[:, 0], 1 / weights.sum()) < 3
+    assert standard_errors_off(variances[:, 1], 2 / weights.sum()) < 3  # of a difference of two
 
 
-def test_effective_count_is_the_count_only_of_equal_weights() -> None:
-    assert effective_count(np.full(7, 0.2)) == pytest.approx(7)
-    assert effective_count(np.array([1.0, 1e-9, 1e-9])) == pytest.approx(1)
+def test_jackknife_leaves_out_blocks_of_norms_and_of_measurements_by_their_own_weights() -> None:
+    rng = np.random.default_rng(14)
+    blocks = rng.uniform(0.5, 2.0, (9, 5))
+    blocks[::3, 2:] = 0.0  # nothing was measured there
+
+    def estimates(kept: Array) -> Array:
+        weight, norm, measured, share, variance = kept.sum(0)
+        return np.array([variance / measured, norm / weight - share / measured])
+
+    (of_variance, joint), (_, of_sq_norm) = jackknife(blocks.tolist())[0]
+    # Left out of the measurements alone, a block moves both estimates; of the norms alone, only |G|^2.
+    by_variance = by_joint = by_sq_norm = 0.0
+    total, measured = blocks[:, 0].sum(), blocks[:, 2].sum()
+    for k in range(len(blocks)):
+        without_norm, without_parts = blocks.copy(), blocks.copy()
+        without_norm[k, :2], without_parts[k, 2:] = 0.0, 0.0
+        from_norm = (estimates(without_norm) - estimates(blocks)) * np.sqrt(1 - blocks[k, 0] / total)
+        from_parts = (estimates(without_parts) - estimates(blocks)) * np.sqrt(1 - blocks[k, 2] / measured)
+        moved = from_norm + from_parts
+        by_variance, by_joint = by_variance + moved[0] ** 2, by_joint + moved[0] * moved[1]
+        by_sq_norm += moved[1] ** 2
+    assert (of_variance, joint, of_sq_norm) == pytest.approx((by_variance, by_joint, by_sq_norm))
+
+
+@pytest.mark.parametrize(
+    ("weights", "freedom"),
+    [
+        pytest.param([0.2] * 7, 6, id="equal"),
+        pytest.param([1.0, 1e-9, 1e-9], 0, id="one-has-all"),
+        pytest.param([1.0, 1.0, 1.0, 1e-9], 2, id="three-have-all"),
+    ],
+)
+def test_degrees_of_freedom_are_of_the_blocks_that_weigh(weights: list[float], freedom: int) -> None:
+    rows = np.tile([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0]], (4, 1))[: len(weights)]
+    _, found = jackknife(blocks_of(rows, np.array(weights)))
+    assert found == freedom
+
+
+def test_measurements_that_have_decayed_to_nothing_say_nothing() -> None:
+    scale = GradientNoiseScale(memory=10)
+    for _ in range(10):
+        scale.update([3.0, 3.1], [4, 4], 2.0)
+    for _ in range(2000):
+        scale.update_norm(2.0, 8)
+    assert math.isnan(scale.grad_sq_norm) and math.isnan(scale.grad_variance) and math.isnan(scale.noise_scale)
+    assert not scale.identified
 
 
 def test_fieller_ends_are_where_the_ratio_is_t_standard_errors_off() -> None:

@@ -5,12 +5,7 @@ from __future__ import annotations
 from adaptive_batch.noise.adam_moments import AdamMomentsSource
 from adaptive_batch.noise.estimators import harmonic_mean, two_batch_estimate
 from adaptive_batch.noise.inner_products import InnerProducts, inner_product_variance
-from adaptive_batch.noise.intervals import (
-    effective_count,
-    fieller_interval,
-    jackknife_influence,
-    student_t_quantile,
-)
+from adaptive_batch.noise.intervals import fieller_interval, student_t_quantile
 from adaptive_batch.noise.per_example import NORM_LAYERS, PerExampleNorms, Unmeasurable
 from adaptive_batch.noise.preconditioning import AdamMetric
 from adaptive_batch.noise.sample import Batches, NoiseSample, equivalent_sample, ranks_sample
@@ -42,12 +37,10 @@ __all__ = [
     "RankSource",
     "Unmeasurable",
     "choose_source",
-    "effective_count",
     "equivalent_sample",
     "fieller_interval",
     "harmonic_mean",
     "inner_product_variance",
-    "jackknife_influence",
     "ranks_sample",
     "student_t_quantile",
     "two_batch_estimate",

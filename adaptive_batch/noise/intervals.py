@@ -1,14 +1,13 @@
-"""Confidence intervals for the ratio of two weighted means: jackknife, Fieller, Student's t."""
+"""Confidence intervals for the ratio of two means: Fieller, Student's t."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
-
-Array = NDArray[np.float64]
 
 # 64 nodes integrate the density of t to rounding over every range that a confidence below 1 asks for.
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
@@ -19,7 +18,8 @@ def student_t_quantile(confidence: float, dof: float) -> float:
     """``t`` with ``P(|T| <= t) = confidence`` for Student's t with ``dof`` degrees of freedom.
 
     With ``t = sqrt(dof) tan(angle)`` the probability is ``c * integral_0^angle cos(a)^(dof - 1) da``. It
-    is concave in the angle, so Newton's steps from 0 approach the quantile from below and cannot overshoot.
+    is concave in the angle, so Newton's steps from below cannot overshoot. They start at the first term of Fisher and
+    Cornish's expansion around the normal quantile, whose other terms are positive too.
 
     Args:
         confidence: probability of the interval around 0, between 0 and 1.
@@ -34,7 +34,8 @@ def student_t_quantile(confidence: float, dof: float) -> float:
         raise ValueError(f"dof={dof} is not a finite number of degrees of freedom from 1 on; pass at least 1.")
     log_constant = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)
     constant = 2 / math.sqrt(math.pi) * math.exp(log_constant)
-    angle = 0.0
+    normal = NormalDist().inv_cdf((1 + confidence) / 2)
+    angle = math.atan((normal + (normal**3 + normal) / (4 * dof)) / math.sqrt(dof))
     for _ in range(100):
         density = constant * np.cos(angle * (_NODES + 1) / 2) ** (dof - 1)
         probability = angle / 2 * float(_NODE_WEIGHTS @ density)
@@ -45,51 +46,9 @@ def student_t_quantile(confidence: float, dof: float) -> float:
     return math.sqrt(dof) * math.tan(angle)
 
 
-def jackknife_influence(sums: Array, weights: Array) -> tuple[Array, Array]:
-    """Weighted means, and what each of several independent rows does to them, by leaving out one at a time.
-
-    With shares ``p_k = w_k / sum(w)`` and means ``m_(-k)`` without row ``k`` the jackknife's covariance is
-    ``sum_k (1 - p_k) (m_(-k) - m)(m_(-k) - m)'``: the usual one with its factor ``(K - 1) / K`` where all weights are
-    equal, and unbiased where a row's variance is inversely proportional to its weight. Returned are the rows
-    ``d_k`` of which it is ``sum_k d_k d_k'``; those of several means over the same blocks can be added up.
-
-    Args:
-        sums: ``[K, D]`` rows, each times its weight.
-        weights: ``[K]`` weights, or ``[K, D]`` of each entry, not all 0; rows without any have no influence, nor has
-            one that has all.
-
-    Returns:
-        ``[D]`` weighted means, and ``[K, D]`` influences on them.
-    """
-    weights = weights.reshape(len(weights), -1)
-    total = weights.sum(0)
-    means: Array = sums.sum(0) / total
-    scale = total * np.sqrt(np.maximum(1 - weights / total, _NOTHING))
-    influence: Array = (sums - weights * means) / scale
-    return means, influence
-
-
-_NOTHING = 1e-300
-"""In the place of 0 under a division of 0."""
-
-
-def effective_count(weights: Array) -> Array:
-    """``sum(w^2)^2 / sum(w^4)``: how many equally weighted rows tell as much about their own variance.
-
-    This is Satterthwaite's count for the jackknife of rows of equal variance; ``K`` for equal weights.
-
-    Args:
-        weights: ``[K]``, or ``[K, D]`` of several means.
-
-    Returns:
-        A number, or ``[D]``; 0 where all weights are.
-    """
-    squares = np.square(weights / np.maximum(weights.max(0, initial=0.0), _NOTHING))
-    count: Array = np.square(squares.sum(0)) / np.maximum(np.square(squares).sum(0), _NOTHING)
-    return count
-
-
-def fieller_interval(means: Array, covariance: Array, quantile: float) -> tuple[float, float]:
+def fieller_interval(
+    means: Sequence[float], covariance: Sequence[Sequence[float]], quantile: float
+) -> tuple[float, float]:
     """The values of ``ratio = means[0] / means[1]``, both expectations at least 0, that the data allow.
 
     Fieller's set is ``{r : (m0 - r m1)^2 <= t^2 (v00 - 2 r v01 + r^2 v11)}``. It stays honest when the
@@ -106,8 +65,8 @@ def fieller_interval(means: Array, covariance: Array, quantile: float) -> tuple[
         ``(low, high)``, the smallest interval in ``[0, inf]`` around the set; ``high`` is infinite when the
         denominator cannot be told from zero, and so is ``low`` when it is significantly negative.
     """
-    numerator, denominator = means.tolist()
-    (of_numerator, joint), (_, of_denominator) = covariance.tolist()
+    numerator, denominator = means
+    (of_numerator, joint), (_, of_denominator) = covariance
     # The set is {r : a r^2 - 2 b r + c <= 0}.
     a = denominator**2 - quantile**2 * of_denominator
     b = numerator * denominator - quantile**2 * joint
