@@ -269,7 +269,7 @@ class TestAttribution:
             def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
                 seen.append({name for name in trainer.callback_metrics if name.startswith("adaptive_batch/")})
 
-        made = trainer([resizing(), MemoryMonitor(), Looks()], max_epochs=1)
+        made: Any = trainer([resizing(), MemoryMonitor(), Looks()], max_epochs=1)
         made.fit(Classifier(), loader())
         assert all(seen)
         seen.clear()

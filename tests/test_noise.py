@@ -383,7 +383,8 @@ def test_t_quantile_agrees_with_printed_tables(dof: float, confidence: float, ta
 def blocks_of(rows: Array, weights: Array) -> list[list[float]]:
     """``[K, 3]`` values of the norm, the share and the variance, as sums with ``[K]`` weights, alike for all three."""
     norm, share, variance = (weights * column for column in rows.T)
-    return np.stack([weights, norm, weights, share, variance], 1).tolist()
+    blocks: list[list[float]] = np.stack([weights, norm, weights, share, variance], 1).tolist()
+    return blocks
 
 
 def test_jackknife_of_equal_weights_is_the_textbook_one() -> None:
@@ -450,16 +451,16 @@ def test_measurements_that_have_decayed_to_nothing_say_nothing() -> None:
 
 
 def test_fieller_ends_are_where_the_ratio_is_t_standard_errors_off() -> None:
-    means, covariance, t = np.array([60.0, 2.5]), np.array([[4.0, -0.3], [-0.3, 0.1]]), 2.0
+    means, covariance, t = (60.0, 2.5), ((4.0, -0.3), (-0.3, 0.1)), 2.0
     low, high = fieller_interval(means, covariance, t)
     for ratio in (low, high):
         direction = np.array([1.0, -ratio])
-        assert abs(direction @ means) == pytest.approx(t * math.sqrt(direction @ covariance @ direction))
+        assert abs(direction @ means) == pytest.approx(t * math.sqrt(direction @ np.array(covariance) @ direction))
     assert low < 24 < high < math.inf
 
 
 def test_fieller_has_no_upper_end_when_the_denominator_may_be_zero() -> None:
-    low, high = fieller_interval(np.array([60.0, 0.1]), np.diag([4.0, 0.25]), 2.0)
+    low, high = fieller_interval((60.0, 0.1), ((4.0, 0.0), (0.0, 0.25)), 2.0)
     assert high == math.inf
     assert 60 - 0.1 * low == pytest.approx(2 * math.sqrt(4 + 0.25 * low**2))
 
@@ -475,7 +476,7 @@ def test_fieller_has_no_upper_end_when_the_denominator_may_be_zero() -> None:
 )
 def test_fieller_keeps_to_ratios_that_can_be(means: tuple[float, float], expected: tuple[float, float]) -> None:
     # With these variances and t = 2, zero is excluded for a numerator beyond 4 and a denominator beyond 1.
-    assert fieller_interval(np.array(means), np.diag([4.0, 0.25]), 2.0) == expected
+    assert fieller_interval(means, ((4.0, 0.0), (0.0, 0.25)), 2.0) == expected
 
 
 # -------------------------------------------------------------------------------------------- a real network

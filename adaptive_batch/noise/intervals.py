@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -46,9 +45,10 @@ def student_t_quantile(confidence: float, dof: float) -> float:
     return math.sqrt(dof) * math.tan(angle)
 
 
-def fieller_interval(
-    means: Sequence[float], covariance: Sequence[Sequence[float]], quantile: float
-) -> tuple[float, float]:
+Covariance = tuple[tuple[float, float], tuple[float, float]]
+
+
+def fieller_interval(means: tuple[float, float], covariance: Covariance, quantile: float) -> tuple[float, float]:
     """The values of ``ratio = means[0] / means[1]``, both expectations at least 0, that the data allow.
 
     Fieller's set is ``{r : (m0 - r m1)^2 <= t^2 (v00 - 2 r v01 + r^2 v11)}``. It stays honest when the

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptive_batch.noise.estimators import Numbers, as_floats, two_batch_estimate
-from adaptive_batch.noise.intervals import fieller_interval, student_t_quantile
+from adaptive_batch.noise.intervals import Covariance, fieller_interval, student_t_quantile
 
 MAX_BLOCKS = 64
 """Blocks that the measurements are kept in; more would not make an interval visibly better."""
@@ -29,8 +29,6 @@ Measured with ``G = 0``, looking every ten updates over 1000 updates with a memo
 third of the runs find a noise scale at least once, at 99 % one in fourteen. A higher level makes true
 ones wait, in proportion to the square of its quantile.
 """
-
-Covariance = tuple[tuple[float, float], tuple[float, float]]
 
 _NOT_KNOWN = (math.nan, math.nan)
 
@@ -313,10 +311,10 @@ def jackknife(blocks: list[list[float]]) -> tuple[Covariance, int]:
     In plain Python: over so few numbers one loop takes a third of the time of NumPy's many small steps, where other
     programs have driven these out of the processor's caches.
     """
-    weight, norm, measured, share, variance = map(sum, zip(*blocks, strict=True))
+    weight, norms, measured, shares, variances = map(sum, zip(*blocks, strict=True))
     if not measured:
         return (_NOT_KNOWN, _NOT_KNOWN), 0
-    mean_norm, mean_share, mean_variance = norm / weight, share / measured, variance / measured
+    mean_norm, mean_share, mean_variance = norms / weight, shares / measured, variances / measured
     of_variance = joint = of_sq_norm = of_norms = of_shares = 0.0
     squares, fourths, measured_squares, measured_fourths = 0.0, 0.0, 0.0, 0.0
     sqrt = math.sqrt
