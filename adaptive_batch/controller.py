@@ -167,6 +167,7 @@ class BatchSizeController:
         self._retreats = 0
         self._measured_run = 0
         self._last_noise_scale = self._rate_noise_scale = math.nan
+        self._estimates = (math.nan, math.nan, math.nan)
         self._newest = (0, math.nan, math.nan)  # update, |G|^2 and tr(Sigma) of the last measured one
 
     @property
@@ -206,6 +207,11 @@ class BatchSizeController:
     def noise_scale(self) -> float:
         """The last identified noise scale in samples, ``NaN`` before there is one."""
         return self._last_noise_scale
+
+    @property
+    def estimates(self) -> tuple[float, float, float]:
+        """Noise scale (NaN while not identified), ``|G|^2`` and ``tr(Sigma)``, as the policy was last told."""
+        return self._estimates
 
     @property
     def rate_noise_scale(self) -> float:
@@ -314,13 +320,19 @@ class BatchSizeController:
                 samples += m.batch_size
                 losses += m.batch_size * loss
         self._pending.clear()
-        noise = self.noise
-        if noise.identified:
-            self._last_noise_scale = noise.noise_scale
+        noise = self._estimate()
+        if not math.isnan(self._estimates[0]):
+            self._last_noise_scale = self._estimates[0]
         least = _least_noise_scale(noise.grad_sq_norm, noise.interval(RATE_EVIDENCE))
         if least is not None:
             self._rate_noise_scale = least
         return losses / samples if samples else math.nan
+
+    def _estimate(self) -> GradientNoiseScale:
+        """Look up the estimate in force."""
+        noise = self.noise
+        self._estimates = noise.noise_scale, noise.grad_sq_norm, noise.grad_variance
+        return noise
 
     def _absorb_norm(self, size: int, sq_norm: float) -> None:
         """Of an update whose parts were not measured; NaN where nothing was."""
@@ -372,7 +384,7 @@ class BatchSizeController:
     def _describe(self, m: Measurement, *, loss: float) -> Measurement:
         """The measurement as the policy sees it: plain numbers, with the estimates."""
         assert self.batch_size is not None and self.reference_batch_size is not None
-        noise = self.noise
+        noise_scale, grad_sq_norm, grad_variance = self._estimates
         return replace(
             m,
             batch_size=self.batch_size,
@@ -383,10 +395,10 @@ class BatchSizeController:
             pass_sizes=(),
             pass_seconds=(),
             sq_norm=math.nan,
-            noise_scale=noise.noise_scale,
-            grad_sq_norm=noise.grad_sq_norm,
-            grad_variance=noise.grad_variance,
-            interval=noise.interval(EVIDENCE),
+            noise_scale=noise_scale,
+            grad_sq_norm=grad_sq_norm,
+            grad_variance=grad_variance,
+            interval=self.noise.interval(EVIDENCE),
             inner_product_variance=self.inner_products.variance,
             inner_product_sq_norm=self.inner_products.sq_norm,
             measured_update=self._newest[0],
@@ -639,6 +651,7 @@ class BatchSizeController:
         self._last_noise_scale, self._rate_noise_scale = state["noise_scale"], state["rate_noise_scale"]
         update, sq_norm, variance = state["newest"]
         self._newest = (update, sq_norm, variance)
+        self._estimate()
 
 
 def _least_noise_scale(grad_sq_norm: float, interval: tuple[float, float]) -> float | None:

@@ -60,8 +60,10 @@ class MicroBatchLimit:
         return balanced_sizes(samples, min(self.of(samples), -(-samples // parts)), self.smallest)
 
     def _affordable(self) -> int | None:
+        if self.budget is None:
+            return None
         measured = self.model.measured
-        if self.budget is None or not measured:
+        if not measured:
             return None
         return min(self.model.largest(self.budget - self.held), _GROWTH * measured[-1])
 

@@ -164,8 +164,7 @@ class StepTimeModel:
     @property
     def wants_passes(self) -> bool:
         """Whether times of passes would make the slope better known: while updates have none, and few were timed."""
-        timed = sum(1 for _ in self._passes.observations)
-        return timed < _RING and math.isnan(self._updates.affine[1])
+        return math.isnan(self._updates.affine[1]) and sum(1 for _ in self._passes.observations) < _RING
 
     def forget_above(self, samples: float) -> None:
         """Drop what is known of updates and passes over more than ``samples``, or what counts as the same size."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,16 +33,17 @@ class Rollback:
         modules = list(module.modules())
         self._buffered = [(m, name) for m in modules for name in m._buffers]
         self._parameters = list(module.parameters())  # frozen ones too: they may be trained later
+        self._no_gradients = [None for _ in self._parameters]
         self._generators = _generators(modules)
         self._numpy, self._python = _NumpyState(), _PythonState()
         self._buffers: list[tuple[Tensor, Tensor] | None] = []
-        self._gradients: list[Tensor | None] = []
+        self._gradients: Sequence[Tensor | None] = []
         self._random: _RandomStates | None = None
 
     def save(self, *, accumulated: bool) -> None:
         """Remember the present state; ``accumulated`` says that the gradients hold earlier batches."""
         self._buffers = [_with_copy(module._buffers.get(name)) for module, name in self._buffered]
-        self._gradients = [_copy(p.grad) if accumulated else None for p in self._parameters]
+        self._gradients = [_copy(p.grad) for p in self._parameters] if accumulated else self._no_gradients
         self._random = _RandomStates(self._generators, self._numpy.now(), self._python.now())
 
     @torch.no_grad()
@@ -109,15 +110,20 @@ class _NumpyState:
     """
 
     def __init__(self) -> None:
+        self._generator: Any = None
+        self._address: int | None = None
         self._words = b""
         self._state: Any = None
 
     def now(self) -> Any:
         """What ``np.random.set_state`` takes."""
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # numpy's stubs leave it out
-        if not isinstance(generator, np.random.MT19937):
+        if generator is not self._generator:
+            twister = isinstance(generator, np.random.MT19937)
+            self._generator, self._address = generator, generator.ctypes.state_address if twister else None
+        if self._address is None:
             return np.random.get_state()
-        words = ctypes.string_at(generator.ctypes.state_address, _TWISTER_BYTES)
+        words = ctypes.string_at(self._address, _TWISTER_BYTES)
         if words != self._words or self._state[3]:  # a normal number is put by
             self._words, self._state = words, np.random.get_state()
         return self._state

@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,6 +117,11 @@ class UpdateExecutor:
         self._memory = PassMemory(module, limit, self._device, measures=recovers)
         self._few_first = False
         self.start_update(measure=False)
+
+    @cached_property
+    def _averages(self) -> bool:
+        """Whether ranks average their gradients; known once Lightning has wrapped the model."""
+        return _lightning.uses_ddp(self._trainer)
 
     @property
     def failures(self) -> list[str]:
@@ -303,12 +308,13 @@ class UpdateExecutor:
             self._end_batch()
             return result
         accumulated = batch_idx % self._trainer.accumulate_grad_batches != 0
-        sync = _lightning.RankSync(self._trainer) if _lightning.uses_ddp(self._trainer) else None
+        sync = _lightning.RankSync(self._trainer) if self._averages else None
         if sync is not None:
             sync.share_buffers()
-        with nullcontext() if sync is None else sync.blocked():
-            self._check_first(kwargs)
-            self._explore_once(kwargs)
+        if self._self_check is not None or self._explores:
+            with nullcontext() if sync is None else sync.blocked():
+                self._check_first(kwargs)
+                self._explore_once(kwargs)
         self.limit.held = self._held()
         self._rollback.save(accumulated=accumulated)
         self._metrics.save()
@@ -446,8 +452,9 @@ class UpdateExecutor:
         """Lightning's own closure: not even a factor of one where nothing is split."""
         closure._zero_grad_fn = self._once(closure, closure._zero_grad_fn)
         backward = closure._backward_fn
-        if backward is not None:
-            closure._backward_fn = lambda loss: backward(self.weigh(loss))
+        if backward is None or self.share == 1.0:
+            return type(closure).closure(closure)
+        closure._backward_fn = lambda loss: backward(self.weigh(loss))
         try:
             return type(closure).closure(closure)
         finally:
@@ -563,7 +570,7 @@ class _Passes:
 
     def __init__(self, executor: UpdateExecutor, sizes: list[int], *, timed: bool) -> None:
         self._executor, self._timed = executor, timed
-        self._device = executor._trainer.strategy.root_device
+        self._device = executor._device
         # A rank that waits longer for its data is a slower one; but whether a larger batch takes longer to fetch, or
         # only its samples are more, a wait does not tell.
         self._wait_per_sample = executor._wait / executor._samples if executor.ranks > 1 else 0.0

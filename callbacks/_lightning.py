@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -180,7 +180,7 @@ def override_scheduler_steps(patches: Patches, trainer: Trainer, indices: Callab
 
     def concerned(plateau: bool) -> bool:
         configs = trainer.lr_scheduler_configs
-        return any(c.interval == "step" and c.reduce_on_plateau == plateau for c in configs)
+        return bool(configs) and any(c.interval == "step" and c.reduce_on_plateau == plateau for c in configs)
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         def update(interval: str, update_plateau_schedulers: bool) -> None:
@@ -213,7 +213,7 @@ def epoch_ends(trainer: Trainer) -> bool:
 
 def accumulating(trainer: Trainer) -> bool:
     """Whether the batch at hand makes no update of its own. Private: ``_should_accumulate``."""
-    return bool(trainer.fit_loop._should_accumulate())
+    return trainer.accumulate_grad_batches > 1 and bool(trainer.fit_loop._should_accumulate())
 
 
 def batches_started(trainer: Trainer) -> int:
@@ -229,7 +229,8 @@ def step_kwargs(trainer: Trainer, batch: Any, batch_idx: int) -> Mapping[str, An
 
 def callbacks_of(trainer: Trainer) -> list[Any]:
     """The trainer's callbacks, which its own types do not know of."""
-    return list(trainer.callbacks)  # type: ignore[attr-defined]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 def samples_of(trainer: Trainer, batch: Any) -> int:
@@ -639,7 +640,7 @@ class LogBuffer:
     def __init__(self, trainer: Trainer) -> None:
         self._results: Any = trainer.fit_loop.epoch_loop._results
         self._calls: dict[tuple[str, str, int], list[_LogCall]] = {}
-        self._times: Counter[tuple[str, str]] = Counter()
+        self._times: dict[tuple[str, str], int] = {}
         self._part = -1
 
     def __enter__(self) -> LogBuffer:
@@ -660,8 +661,8 @@ class LogBuffer:
     def _record(self, fx: str, name: str, value: Any, **kwargs: Any) -> None:
         value = value.detach() if isinstance(value, Tensor) and not kwargs.get("enable_graph") else value
         # The second call of a name in one part belongs to the second call in each other part.
-        self._times[fx, name] += 1
-        calls = self._calls.setdefault((fx, name, self._times[fx, name]), [])
+        times = self._times[fx, name] = self._times.get((fx, name), 0) + 1
+        calls = self._calls.setdefault((fx, name, times), [])
         calls.append(_LogCall(self._part, value, kwargs))
 
     def commit(self, parts: Parts | None) -> None:

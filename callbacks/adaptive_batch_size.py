@@ -232,6 +232,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._patches.undo()
         self._start_fit()
         self._trainer = trainer
+        self._device = trainer.strategy.root_device
         self._manual = not pl_module.automatic_optimization
         self._executor = self._splitting.executor(
             trainer,
@@ -458,7 +459,7 @@ class AdaptiveBatchSize(CallbackBase):
         now = time.perf_counter()
         waited = 0.0 if self._host_mark is None else now - self._host_mark
         if self._update_mark is None:
-            self._update_mark = mark(trainer.strategy.root_device)
+            self._update_mark = mark(self._device)
         self._batch_started = now
         if not self._window:
             self._window_started = now - waited
@@ -472,7 +473,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._window.append(draw)
         self._window_rows += self._rows
         self._window_samples += self._local_samples
-        waited = waited if _on_host(trainer) else 0.0
+        waited = waited if self._device.type == "cpu" else 0.0
         self._executor.start_batch(
             self._rows,
             waited,
@@ -547,22 +548,18 @@ class AdaptiveBatchSize(CallbackBase):
     @property
     def _active(self) -> bool:
         """Not while a tuner has taken the callbacks away and runs the loop by itself."""
-        return self._trainer is not None and any(
-            callback is self for callback in _lightning.callbacks_of(self._trainer)
-        )
+        return self._trainer is not None and self in _lightning.callbacks_of(self._trainer)
 
     def _optimizer_step(self, original: Callable[..., None], batch_idx: int, closure: Callable[..., Any]) -> None:
         assert self._trainer is not None
         if not self._active:
             original(batch_idx, closure)
             return
-        counted = self._counted_samples(_lightning.epoch_ends(self._trainer))
-        self._step(lambda: original(batch_idx, closure), counted)
-        plain = self._plain
-        worth = gain(self._counted, self._reference, self._controller.rate_noise_scale)
+        last = _lightning.epoch_ends(self._trainer)
+        self._step(lambda: original(batch_idx, closure), self._counted_samples(last))
         if self._clock is not None:
-            last = _lightning.epoch_ends(self._trainer)
-            self._due = self._clock.advance(plain, self._position, worth, last=last)
+            worth = gain(self._counted, self._reference, self._controller.rate_noise_scale)
+            self._due = self._clock.advance(self._plain, self._position, worth, last=last)
             self._updated_at = _lightning.batches_started(self._trainer)
 
     def _manual_step(self, original: Callable[..., Any], optimizer: Any, closure: Any, **others: Any) -> Any:
@@ -641,7 +638,7 @@ class AdaptiveBatchSize(CallbackBase):
         nominal = self._window[-1].nominal * self._plain.accumulate
         self._updates += 1
         self._samples += samples
-        stop, started = mark(trainer.strategy.root_device), self._update_mark
+        stop, started = mark(self._device), self._update_mark
         self._update_mark = stop
         measurement = Measurement(
             update=self._updates,
@@ -742,13 +739,14 @@ class AdaptiveBatchSize(CallbackBase):
 
     def _values(self) -> dict[str, float]:
         """What is logged for the last update."""
-        noise, update = self._controller.noise, self.history.updates[-1]
+        noise_scale, grad_sq_norm, grad_variance = self._controller.estimates
+        update = self.history.updates[-1]
         values = {
             "adaptive_batch/batch_size": float(self._nominal),  # an epoch's tail is in the history, not in the curve
             "adaptive_batch/micro_batch_size": float(update.micro_batch_size),
-            "adaptive_batch/noise_scale": noise.noise_scale,
-            "adaptive_batch/grad_sq_norm": noise.grad_sq_norm,
-            "adaptive_batch/grad_variance": noise.grad_variance,
+            "adaptive_batch/noise_scale": noise_scale,
+            "adaptive_batch/grad_sq_norm": grad_sq_norm,
+            "adaptive_batch/grad_variance": grad_variance,
             "adaptive_batch/lr_scale": update.lr_scale,
             "adaptive_batch/throughput": update.throughput,
             "adaptive_batch/samples": float(update.samples),
@@ -950,7 +948,3 @@ def _loss(outputs: Any, accumulate: int) -> Tensor | float:
     if not isinstance(loss, Tensor):
         return math.nan
     return loss if accumulate == 1 else loss * accumulate
-
-
-def _on_host(trainer: Trainer) -> bool:
-    return trainer.strategy.root_device.type == "cpu"

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Metric", "PartNorms", "grad_sq_norm", "sq_norm"]
 
 _FEW = 2**16
 """Numbers that are copied to lie side by side sooner than one kernel for each tensor is started."""
+
+_HALF = (torch.float16, torch.bfloat16)
+"""In which the square of a norm overflows."""
 
 Metric = Callable[[nn.Parameter, Tensor], Tensor]
 """``(parameter, gradient) -> gradient`` in the metric that norms are taken in."""
@@ -32,21 +37,21 @@ def _norm(gradient: Tensor) -> Tensor:
 
 def grad_sq_norm(parameters: Iterable[nn.Parameter], metric: Metric | None = None) -> Tensor | None:
     """Squared norm of all gradients together, as a tensor on their device; ``None`` without gradients."""
-    held = [(p, p.grad) for p in dict.fromkeys(parameters) if p.grad is not None]
-    gradients = [_values(gradient if metric is None else metric(p, gradient)) for p, gradient in held]
-    return sq_norm(gradients) if gradients else None
+    held = [p for p in dict.fromkeys(parameters) if p.grad is not None]
+    gradients: list[Any] = [p.grad for p in held] if metric is None else [metric(p, p.grad) for p in held]  # type: ignore[arg-type]
+    return sq_norm([_values(gradient) for gradient in gradients]) if gradients else None
 
 
 def sq_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Squared norm of the gradients, at least one, together."""
-    kinds = {(g.dtype, g.device) for g in gradients}
-    if any(dtype in (torch.float16, torch.bfloat16) for dtype, _ in kinds):
+    if sum(map(Tensor.numel, gradients)) <= _FEW and len({g.device for g in gradients}) == 1:
+        joined = _flatten_dense_tensors(gradients)  # type: ignore[no-untyped-call]
+        if joined.dtype in _HALF:
+            joined = joined.float()
+        if joined.is_floating_point():
+            return torch.dot(joined, joined)
+    if any(g.dtype in _HALF for g in gradients):
         return _joint_sq_norm([_norm(g) for g in gradients])
-    alike = len(kinds) == 1 and gradients[0].is_floating_point()
-    if alike and sum(g.numel() for g in gradients) <= _FEW:
-        flat = [g.reshape(-1) for g in gradients]
-        joined = flat[0] if len(flat) == 1 else torch.cat(flat)
-        return torch.dot(joined, joined)
     return _joint_sq_norm(torch._foreach_norm(list(gradients)))
 
 
