@@ -450,6 +450,15 @@ def test_measurements_that_have_decayed_to_nothing_say_nothing() -> None:
     assert not scale.identified
 
 
+@pytest.mark.parametrize("magnitude", [1e80, 1e160, 1e300])
+def test_norms_of_a_run_that_diverges_say_nothing(magnitude: float) -> None:
+    scale = GradientNoiseScale(memory=FOREVER)
+    for k in range(20):
+        scale.update([magnitude * (3 + k), magnitude], [4, 4], magnitude * 1.5)
+        scale.update_norm(magnitude / (1 + k), 8)
+        assert not scale.identified and math.isnan(scale.noise_scale)
+
+
 def test_fieller_ends_are_where_the_ratio_is_t_standard_errors_off() -> None:
     means, covariance, t = (60.0, 2.5), ((4.0, -0.3), (-0.3, 0.1)), 2.0
     low, high = fieller_interval(means, covariance, t)

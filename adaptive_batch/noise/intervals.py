@@ -68,9 +68,9 @@ def fieller_interval(means: tuple[float, float], covariance: Covariance, quantil
     numerator, denominator = means
     (of_numerator, joint), (_, of_denominator) = covariance
     # The set is {r : a r^2 - 2 b r + c <= 0}.
-    a = denominator**2 - quantile**2 * of_denominator
+    a = denominator * denominator - quantile**2 * of_denominator
     b = numerator * denominator - quantile**2 * joint
-    c = numerator**2 - quantile**2 * of_numerator
+    c = numerator * numerator - quantile**2 * of_numerator
     root = math.sqrt(max(b * b - a * c, 0.0))
     if a > 0 and denominator < 0:
         return math.inf, math.inf

@@ -347,8 +347,10 @@ def _degrees_of_freedom(norms: float, shares: float, of_norms: float, of_shares:
     norms, shares = norms - 1, shares - 1
     if min(norms, shares) < 1:
         return 0.0
-    terms = of_norms**2 / norms + of_shares**2 / shares
-    return min((of_norms + of_shares) ** 2 / terms, norms) if terms > 0 else norms
+    terms = of_norms * of_norms / norms + of_shares * of_shares / shares
+    if not math.isfinite(terms):  # a run that diverges
+        return 0.0
+    return min((of_norms + of_shares) * (of_norms + of_shares) / terms, norms) if terms > 0 else norms
 
 
 def _checked_memory(memory: object) -> float:
