@@ -36,7 +36,7 @@ class _Curve:
 
     def __init__(self) -> None:
         self._rings: dict[int, deque[tuple[int, float]]] = {}  # least recently observed first
-        self._medians: dict[int, _Point] = {}  # of the rings that are as they were when they were last looked at
+        self._medians: dict[int, _Point] = {}  # of rings that are as they were when last looked at
         self._points: list[_Point] | None = None
         self._affine: tuple[float, float] | None = None
 
@@ -60,7 +60,7 @@ class _Curve:
         """Drops the rings of larger sizes."""
         kept = {key: ring for key, ring in self._rings.items() if median_low(n for n, _ in ring) <= samples}
         if len(kept) < len(self._rings):
-            self._rings, self._medians, self._points, self._affine = kept, {}, None, None
+            self._rings, self._points, self._affine = kept, None, None
 
     def _make_room(self) -> None:
         if len(self._rings) < _MOST_SIZES:
@@ -68,9 +68,7 @@ class _Curve:
         oldest_first = list(self._rings)
         # Odd sizes seen once or twice (tails of epochs) go before a size that was really in use.
         rare = (key for key in oldest_first if len(self._rings[key]) < _ENOUGH)
-        key = next(rare, oldest_first[0])
-        del self._rings[key]
-        self._medians.pop(key, None)
+        del self._rings[next(rare, oldest_first[0])]
 
     @property
     def observations(self) -> Iterator[tuple[int, float]]:

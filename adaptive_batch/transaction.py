@@ -122,7 +122,7 @@ class _NumpyState:
             twister = isinstance(generator, np.random.MT19937)
             self._generator, self._address = generator, generator.ctypes.state_address if twister else None
         if self._address is None:
-            return np.random.get_state()
+            return np.random.get_state(legacy=False)
         words = ctypes.string_at(self._address, _TWISTER_BYTES)
         if words != self._words or self._state[3]:  # a normal number is put by
             self._words, self._state = words, np.random.get_state()

@@ -699,11 +699,16 @@ def _merged(calls: list[_LogCall], parts: Parts, fx: str) -> tuple[Any, dict[str
     return parts.reduced([call.value for call in calls], parts_called, by=by, counts=counts), kwargs
 
 
+_PASSED_OVER = torch.zeros(())
+"""What a metric of Lightning's holds while a :class:`StepLog` has its newest value."""
+
+
 class StepLog:
     """Logs a fixed set of numbers at every update, and makes tensors of them only when Lightning reads.
 
-    ``LightningModule.log`` is called once, so that Lightning checks the names. From then on it passes over what it has
-    of them, which saves going through each at every batch, and finds the newest values beside its own.
+    ``LightningModule.log`` is called when a value is new to Lightning (at first, and after each epoch). In between
+    Lightning passes over what it has of them, which saves going through each at every batch, and finds the newest
+    values beside its own. A name that somebody else logs as well is left to them.
 
     Values stay on the host: a copy to an accelerator would wait for it.
 
@@ -714,27 +719,36 @@ class StepLog:
     def __init__(self, trainer: Trainer, fx: str) -> None:
         self._trainer = trainer
         self._fx = fx
+        self._metrics: dict[str, Any] = {}
         self._logged: dict[str, float] = {}
         self._tensors: dict[str, Tensor] = {}
         self._newest: Callable[[], Mapping[str, float]] | None = None
 
     def __call__(self, values: Callable[[], Mapping[str, float]]) -> None:
         """Log ``values()`` for the step at hand, always the same names; it is asked for at the next reading."""
-        if self._logged:
-            self._newest = values
-        else:
+        if not self.goes_on:
             self._start(values())
+            return
+        self._newest = values
+        if self._reading.logs[-1] is not self:
+            self._reading.place_last(self)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether Lightning still keeps what was logged here, and has not started anew."""
+        kept = [metric._forward_cache is not None for metric in self._metrics.values()]
+        return bool(kept) and all(kept)
 
     def _start(self, values: Mapping[str, float]) -> None:
         results: Any = self._trainer.fit_loop.epoch_loop._results
         for name, value in values.items():
             self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
-            metric = results[f"{self._fx}.{name}"]
-            self._tensors[name] = metric._forward_cache
+            metric = self._metrics[name] = results[f"{self._fx}.{name}"]
+            self._tensors[name], metric._forward_cache = metric._forward_cache, _PASSED_OVER
             metric.has_reset = True
-        self._logged = dict(values)
-        reading = results.__dict__.setdefault("metrics", _Reading(results))
-        reading.logs.append(self)
+        self._logged, self._newest = dict(values), None
+        self._reading: _Reading = results.__dict__.setdefault("metrics", _Reading(results))
+        self._reading.place_last(self)
 
     def tensors(self) -> dict[str, Tensor]:
         """The newest values."""
@@ -744,16 +758,18 @@ class StepLog:
                 if value != old and (value == value or old == old):  # NaN after NaN is no change
                     self._logged[name], self._tensors[name] = value, torch.tensor(value, dtype=torch.float32)
             self._newest = None
-        return self._tensors
+        return {n: t for n, t in self._tensors.items() if self._metrics[n]._forward_cache is _PASSED_OVER}
 
     def close(self) -> None:
-        """After the run: let Lightning read as before."""
-        results: Any = self._trainer.fit_loop.epoch_loop._results
-        reading = results.__dict__.get("metrics")
-        if reading is not None and self in reading.logs:
-            reading.logs.remove(self)
-            if not reading.logs:
-                del results.__dict__["metrics"]
+        """After the run: Lightning keeps the last values, and reads as before."""
+        trainer: Any = self._trainer
+        reading = trainer.fit_loop.epoch_loop._results.__dict__.get("metrics")
+        if reading is None or self not in reading.logs:
+            return  # nothing was logged since the epoch began
+        _ = trainer.callback_metrics, trainer.logged_metrics  # which are updated when they are read
+        reading.logs.remove(self)
+        if not reading.logs:
+            del trainer.fit_loop.epoch_loop._results.__dict__["metrics"]
 
 
 class _Reading:
@@ -762,6 +778,10 @@ class _Reading:
     def __init__(self, results: Any) -> None:
         self._read = results.metrics
         self.logs: list[StepLog] = []
+
+    def place_last(self, newest: StepLog) -> None:
+        """Of two that log the same name the newest counts; those that have come to an end are left out."""
+        self.logs = [log for log in self.logs if log is not newest and log.goes_on] + [newest]
 
     def __call__(self, on_step: bool) -> Any:
         metrics = self._read(on_step)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from adaptive_batch import Measurement
-from adaptive_batch.callbacks import AdaptiveBatchSize, MemoryMonitor
+from adaptive_batch.callbacks import AdaptiveBatchSize, GradientNoiseMonitor, MemoryMonitor
 from adaptive_batch.policies import Constant, Milestones
 
 B0 = 16
@@ -261,6 +261,64 @@ class TestAttribution:
             callback.history.column("lr_scale")
         )
         assert all(float(row["adaptive_batch/peak_memory"]) > 0 for row in rows)
+
+    def test_of_two_callbacks_that_log_a_name_the_newest_counts_and_each_logs_its_own(self) -> None:
+        callback, monitor = resizing(), GradientNoiseMonitor(every=4, noise="probe")
+        seen: list[dict[str, float]] = []
+
+        class Looks(pl.Callback):
+            def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+                seen.append({k[15:]: float(v) for k, v in trainer.callback_metrics.items()})
+                estimates.append(callback.controller.estimates[1])
+
+        estimates: list[float] = []
+        fit(Classifier(), loader(), [monitor, callback, Looks()], max_epochs=4)
+        last = [metrics["grad_sq_norm"] for metrics in seen]
+        assert last == pytest.approx(estimates, nan_ok=True)
+        late = [metrics for metrics in seen if metrics["samples"] > 3.5 * SAMPLES]
+        assert late and all("noise_scale_high" in metrics for metrics in late)
+
+    def test_who_looks_after_an_exception_sees_the_last_update(self) -> None:
+        callback, seen = resizing(), []
+
+        class Stops(pl.Callback):
+            def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+                if trainer.global_step == 7:
+                    raise RuntimeError("stopped")
+
+            def on_exception(self, trainer: Any, *args: Any) -> None:
+                seen.append(float(trainer.callback_metrics["adaptive_batch/samples"]))
+
+        with pytest.raises(RuntimeError, match="stopped"):
+            fit(Classifier(), loader(), [callback, Stops()])
+        assert seen == [callback.history.updates[-1].samples]
+
+    def test_a_name_that_the_module_logs_too_is_the_modules(self) -> None:
+        class Logs(Classifier):
+            def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+                super().on_train_batch_end(outputs, batch, batch_idx)
+                self.log("adaptive_batch/throughput", -1.0, on_step=True, on_epoch=False)
+
+        made = fit(Logs(), loader(), [resizing()])
+        assert made.callback_metrics["adaptive_batch/throughput"] == -1.0
+
+    @pytest.mark.parametrize("removed", [True, False])
+    def test_an_epoch_in_which_nothing_is_logged_has_no_values(self, removed: bool) -> None:
+        seen: list[tuple[int, bool]] = []
+
+        class Looks(pl.Callback):
+            def on_train_epoch_start(self, trainer: Any, *args: Any) -> None:
+                if removed and trainer.current_epoch == 1:
+                    trainer.callbacks = [c for c in trainer.callbacks if c is not monitor]
+
+            def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+                metrics = trainer._logger_connector.metrics["callback"]
+                seen.append((trainer.current_epoch, "adaptive_batch/peak_memory" in metrics))
+
+        monitor = MemoryMonitor()
+        fit(Classifier(), loader(), [monitor, Looks()])
+        assert all(there for epoch, there in seen if epoch == 0)
+        assert [there for epoch, there in seen if epoch == 1] == [not removed] * sum(e == 1 for e, _ in seen)
 
     def test_the_next_run_without_the_callback_has_no_values_of_it(self) -> None:
         seen: list[set[str]] = []

@@ -731,6 +731,7 @@ class TestState:
         cut.controller = make()
         cut.controller.load_state_dict(state)
         assert repr(cut.controller.state_dict()) == repr(whole.controller.state_dict())
+        assert repr(cut.controller.estimates) == repr(whole.controller.estimates)
         whole.steps(800)
         cut.steps(800)
         assert cut.changes == whole.changes

@@ -380,6 +380,11 @@ def test_t_quantile_agrees_with_printed_tables(dof: float, confidence: float, ta
     assert student_t_quantile(confidence, dof) == pytest.approx(table, abs=5.1e-5)
 
 
+def test_t_quantile_grows_up_to_the_last_confidence_below_one() -> None:
+    quantiles = [student_t_quantile(1 - 2.0**-bits, 10) for bits in (10, 20, 30, 40, 53)]
+    assert quantiles == sorted(quantiles) and quantiles[-1] < math.inf
+
+
 def blocks_of(rows: Array, weights: Array) -> list[list[float]]:
     """``[K, 3]`` values of the norm, the share and the variance, as sums with ``[K]`` weights, alike for all three."""
     norm, share, variance = (weights * column for column in rows.T)
@@ -448,6 +453,11 @@ def test_measurements_that_have_decayed_to_nothing_say_nothing() -> None:
         scale.update_norm(2.0, 8)
     assert math.isnan(scale.grad_sq_norm) and math.isnan(scale.grad_variance) and math.isnan(scale.noise_scale)
     assert not scale.identified
+    resumed = GradientNoiseScale()
+    resumed.load_state_dict(scale.state_dict())
+    for one in (scale, resumed):
+        one.update([3.0, 3.1], [4, 4], 2.0)
+    assert resumed.grad_sq_norm == scale.grad_sq_norm == pytest.approx(0.95)
 
 
 @pytest.mark.parametrize("magnitude", [1e80, 1e160, 1e300])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+import random
 from collections.abc import Iterable
 
 import numpy as np
@@ -168,6 +169,20 @@ def test_passes_slower_than_their_update_leave_it_an_overhead_of_zero():
         model.update_pass(size, 0.01 * size)
     assert model.alpha == 0.0
     assert model.predict(128) == pytest.approx(2 * affine(64))
+
+
+def test_who_looks_at_every_observation_sees_the_same_as_who_looks_once() -> None:
+    rng = random.Random(5)
+    watched, model = StepTimeModel(), StepTimeModel()
+    for n in range(300):
+        if n == 200:
+            watched.forget_above(64)
+            model.forget_above(64)
+        samples, seconds = rng.choice((32, 64, 128)), rng.uniform(1.0, 2.0)
+        watched.update(samples, seconds)
+        model.update(samples, seconds)
+        seen = watched.predict(48), watched.predict(128)
+    assert seen == (model.predict(48), model.predict(128))
 
 
 def test_the_median_follows_a_machine_that_changes():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,3 +34,18 @@ def test_random_numbers_come_again_wherever_an_update_begins(draw: Callable[[], 
         assert [draw() for _ in range(3)] == first
         rollback.restore(gradients=False)
         rollback.forget()
+
+
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64])
+def test_random_numbers_come_again_from_another_generator_of_numpys(kind: Any) -> None:
+    rollback = Rollback(nn.Linear(1, 1))
+    rollback.save(accumulated=False)
+    before = np.random.get_bit_generator()  # type: ignore[attr-defined]  # numpy's stubs leave it out
+    np.random.set_bit_generator(kind(5))  # type: ignore[attr-defined]
+    try:
+        rollback.save(accumulated=False)
+        first = [np.random.random() for _ in range(3)]
+        rollback.restore(gradients=False)
+        assert [np.random.random() for _ in range(3)] == first
+    finally:
+        np.random.set_bit_generator(before)  # type: ignore[attr-defined]

@@ -33,7 +33,7 @@ def student_t_quantile(confidence: float, dof: float) -> float:
         raise ValueError(f"dof={dof} is not a finite number of degrees of freedom from 1 on; pass at least 1.")
     log_constant = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)
     constant = 2 / math.sqrt(math.pi) * math.exp(log_constant)
-    normal = NormalDist().inv_cdf((1 + confidence) / 2)
+    normal = -NormalDist().inv_cdf((1 - confidence) / 2)
     angle = math.atan((normal + (normal**3 + normal) / (4 * dof)) / math.sqrt(dof))
     for _ in range(100):
         density = constant * np.cos(angle * (_NODES + 1) / 2) ** (dof - 1)

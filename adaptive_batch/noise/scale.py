@@ -151,12 +151,11 @@ class GradientNoiseScale:
         if self._estimated is not None or self._intervals:
             self._forget_answers()
         self._since += size
-        lost = math.expm1(-size / self._memory)
-        self._decay *= 1 + lost
+        self._decay *= math.exp(-size / self._memory)
         if self._decay < _SMALLEST:
             self._multiply_out()
         newest = self._blocks[-1]
-        weight = -lost / self._decay
+        weight = -math.expm1(-size / self._memory) / self._decay
         newest[0] += weight
         newest[1] += weight * sq_norm
         if grad_variance is not None:
@@ -278,7 +277,7 @@ class GradientNoiseScale:
         measurements = _checked_count("measurements", state["measurements"])
         skipped = _checked_count("skipped", state["skipped"])
         holding = sum(block[2] > 0 for block in blocks)
-        if measurements < holding or (measurements > 0 and not holding) or not decay > 0:
+        if measurements < holding or not decay > 0:
             raise ValueError(f"{measurements} measurements do not go with the blocks; load what state_dict() returned.")
         self.memory, self._blocks, self._since = memory, blocks, since
         self._decay, self._total = decay, total
