@@ -180,7 +180,7 @@ def override_scheduler_steps(patches: Patches, trainer: Trainer, indices: Callab
 
     def concerned(plateau: bool) -> bool:
         configs = trainer.lr_scheduler_configs
-        return bool(configs) and any(c.interval == "step" and c.reduce_on_plateau == plateau for c in configs)
+        return any(c.interval == "step" and c.reduce_on_plateau == plateau for c in configs)
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         def update(interval: str, update_plateau_schedulers: bool) -> None:

@@ -17,7 +17,7 @@ __all__ = ["Metric", "PartNorms", "grad_sq_norm", "sq_norm"]
 _FEW = 2**16
 """Numbers that are copied to lie side by side sooner than one kernel for each tensor is started."""
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 """In which the square of a norm overflows."""
 
 Metric = Callable[[nn.Parameter, Tensor], Tensor]
@@ -46,11 +46,11 @@ def sq_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Squared norm of the gradients, at least one, together."""
     if sum(map(Tensor.numel, gradients)) <= _FEW and len({g.device for g in gradients}) == 1:
         joined = _flatten_dense_tensors(gradients)  # type: ignore[no-untyped-call]
-        if joined.dtype in _HALF:
+        if joined.dtype in HALF:
             joined = joined.float()
         if joined.is_floating_point():
             return torch.dot(joined, joined)
-    if any(g.dtype in _HALF for g in gradients):
+    if any(g.dtype in HALF for g in gradients):
         return _joint_sq_norm([_norm(g) for g in gradients])
     return _joint_sq_norm(torch._foreach_norm(list(gradients)))
 

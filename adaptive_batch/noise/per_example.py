@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from adaptive_batch.noise.part_norms import HALF
+
 __all__ = ["NORM_LAYERS", "PerExampleNorms", "Unmeasurable", "unmeasurable_parameters"]
 
 CHUNK_ELEMENTS = 2**24
@@ -284,9 +286,6 @@ class _Gradient:
         return bool((found - expected).abs() <= tolerance * magnitude)
 
 
-_HALF = (torch.float16, torch.bfloat16)
-
-
 class PerExampleNorms:
     """Records the squared gradient norm of each example of an update, which is run as it is.
 
@@ -390,7 +389,7 @@ class PerExampleNorms:
     def _output(self, rule: Any, layer: nn.Module, a: Tensor, d: Tensor) -> None:
         if not self._handles:  # a graph that outlives the measured update
             return
-        if d.dtype in _HALF:
+        if d.dtype in HALF:
             self._tolerance = 3e-2
         uses = rule(layer, a[: self._examples], d[: self._examples])
         for name, parameter in layer.named_parameters(recurse=False):
