@@ -320,16 +320,22 @@ class TestAttribution:
         assert all(there for epoch, there in seen if epoch == 0)
         assert [there for epoch, there in seen if epoch == 1] == [not removed] * sum(e == 1 for e, _ in seen)
 
-    def test_the_next_run_without_the_callback_has_no_values_of_it(self) -> None:
-        seen: list[set[str]] = []
+    @pytest.mark.parametrize("breaks", [False, True])
+    def test_the_next_run_without_the_callback_has_no_values_of_it(self, breaks: bool) -> None:
+        seen: list[bool] = []
 
         class Looks(pl.Callback):
             def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-                seen.append({name for name in trainer.callback_metrics if name.startswith("adaptive_batch/")})
+                metrics = trainer._logger_connector.metrics["callback"]
+                seen.append(any(name.startswith("adaptive_batch/") for name in metrics))
+                if breaks and len(seen) == 3:
+                    raise RuntimeError("stopped")  # inside an epoch
 
         made: Any = trainer([resizing(), MemoryMonitor(), Looks()], max_epochs=1)
-        made.fit(Classifier(), loader())
+        with pytest.raises(RuntimeError, match="stopped") if breaks else nullcontext():
+            made.fit(Classifier(), loader())
         assert all(seen)
+        breaks = False
         seen.clear()
         made.callbacks = [callback for callback in made.callbacks if isinstance(callback, Looks)]
         made.fit_loop.max_epochs = 2

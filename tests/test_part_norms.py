@@ -173,3 +173,12 @@ def test_measured_updates_are_dense_first_and_then_three_square_roots():
     assert counts[8] == 9
     for updates in (100, 400, 10_000):
         assert abs(counts[updates - 1] - 3 * updates**0.5) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_square_of_a_half_precision_norm_may_be_more_than_that_precision_holds(dtype: torch.dtype) -> None:
+    parameters = [nn.Parameter(torch.zeros(n, dtype=dtype)) for n in (200, 100)]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 128.0)
+    total = grad_sq_norm(parameters)
+    assert total is not None and total.item() == 300 * 128.0**2
