@@ -335,6 +335,7 @@ class TestAttribution:
         with pytest.raises(RuntimeError, match="stopped") if breaks else nullcontext():
             made.fit(Classifier(), loader())
         assert all(seen)
+        assert "metrics" not in vars(made.fit_loop.epoch_loop._results)  # read by Lightning alone again
         breaks = False
         seen.clear()
         made.callbacks = [callback for callback in made.callbacks if isinstance(callback, Looks)]

@@ -479,6 +479,10 @@ def test_fieller_ends_are_where_the_ratio_is_t_standard_errors_off() -> None:
     assert low < 24 < high < math.inf
 
 
+def test_fieller_of_means_whose_squares_overflow_says_nothing() -> None:
+    assert not math.isfinite(fieller_interval((1e200, 1e200), ((0.0, 0.0), (0.0, 0.0)), 2.0)[1])
+
+
 def test_fieller_has_no_upper_end_when_the_denominator_may_be_zero() -> None:
     low, high = fieller_interval((60.0, 0.1), ((4.0, 0.0), (0.0, 0.25)), 2.0)
     assert high == math.inf
