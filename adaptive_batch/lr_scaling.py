@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -201,7 +202,8 @@ class HeavyBallScaling(_Rule):
     quadratic. The combination is this project's own; what it is worth is in ``docs/benchmarks.md``.
 
     Args:
-        momentum: ``m`` of the optimizer, at least 0 and below 1.
+        momentum: ``m`` of the optimizer, at least 0 and below 1; or a function that gives the present one, which a
+            schedule may move.
         nesterov: whether it is Nesterov's.
         options: those of the other rules.
 
@@ -212,14 +214,19 @@ class HeavyBallScaling(_Rule):
     name = "heavy ball"
     needs: frozenset[str] = frozenset({"noise"})
 
-    def __init__(self, momentum: float, *, nesterov: bool = False, **options: Any) -> None:
+    def __init__(self, momentum: float | Callable[[], float], *, nesterov: bool = False, **options: Any) -> None:
         super().__init__(**options)
-        if not 0 <= momentum < 1:
-            raise ValueError(
-                f"momentum={momentum!r} cannot be a heavy ball's: pass the optimizer's, from 0 to below 1."
-            )
-        self.momentum = momentum
+        self._momentum = momentum
         self.nesterov = nesterov
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"momentum={self.momentum!r} cannot be a heavy ball's: pass the optimizer's, from 0 to below 1."
+            )
+
+    @property
+    def momentum(self) -> float:
+        """``m`` of the optimizer."""
+        return self._momentum() if callable(self._momentum) else self._momentum
 
     @property
     def stable(self) -> float:
@@ -445,12 +452,16 @@ def _set(group: dict[str, Any], name: str, value: Any) -> None:
         group[name] = value
 
 
+def _least_momentum(optimizer: Optimizer) -> float:
+    return min(float(group["momentum"]) for group in optimizer.param_groups)
+
+
 def _auto_rule(optimizer: Optimizer) -> LRScaling:
     names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
     groups = optimizer.param_groups
     if "sgd" in names and all(0 < float(group.get("momentum", 0.0)) < 1 for group in groups):
         nesterov = any(group.get("nesterov", False) for group in groups)
-        return HeavyBallScaling(min(float(group["momentum"]) for group in groups), nesterov=nesterov)
+        return HeavyBallScaling(partial(_least_momentum, optimizer), nesterov=nesterov)
     return next(rule for parts, rule in _AUTO if any(part in name for part in parts for name in names))()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaptive_batch import BatchSizeController, MiniBatchTrainer
 from adaptive_batch.callbacks import AdaptiveBatchSize
-from adaptive_batch.lr_scaling import LinearScaling, NoScaling, SDEScaling, SqrtScaling
+from adaptive_batch.lr_scaling import LinearScaling, NoScaling, SDEScaling, SqrtScaling, gain
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import CABS, Constant, DontDecay, LinearRamp, Milestones
 
@@ -175,6 +175,33 @@ def test_a_schedule_free_optimizer_weighs_its_average_by_the_rate_that_was_used(
     assert not torch.equal(trained[0], next(model.parameters()))
     optimizer.train()
     assert torch.equal(trained[0], next(model.parameters()))
+
+
+def test_the_bound_of_the_heavy_balls_rate_follows_a_momentum_that_is_scheduled():
+    seen: list[tuple[int, float, float]] = []
+
+    class Cycled(Classifier):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+            steps = int(self.trainer.estimated_stepping_batches)
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps, base_momentum=0.3, max_momentum=0.95)
+            return [optimizer], [{"scheduler": cycle, "interval": "step"}]
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            noise_scale = callback.controller.rate_noise_scale
+            seen.append((self.sizes[-1], optimizer.param_groups[0]["momentum"], noise_scale))
+
+    callback = AdaptiveBatchSize(Milestones({2: 256}, unit="updates"), adjust_every=1, max_batch_size=256)
+    fit(Cycled(dropout=0.0), loader(samples=800), [callback], max_epochs=6)
+    momenta = [momentum for _, momentum, _ in seen]
+    assert min(momenta) < 0.35 and max(momenta) == 0.95
+    stable = [(1 + m) / (1 - m) for m in momenta]
+    expected = [
+        max(gain(size, 16, noise_scale), min(size / 16, bound))
+        for (size, _, noise_scale), bound in zip(seen, stable, strict=True)
+    ]
+    assert callback.history.column("lr_scale") == pytest.approx(expected)
+    assert any(factor == bound < size / 16 for factor, bound, (size, _, _) in zip(expected, stable, seen, strict=True))
 
 
 def test_lbfgs_is_not_scaled():
