@@ -71,6 +71,11 @@ class _Curve:
         del self._rings[next(rare, oldest_first[0])]
 
     @property
+    def count(self) -> int:
+        """Observations that are kept."""
+        return sum(map(len, self._rings.values()))
+
+    @property
     def observations(self) -> Iterator[tuple[int, float]]:
         """All that is kept, in an order that rebuilds the same curve when it is added again."""
         return (observation for ring in self._rings.values() for observation in ring)
@@ -162,7 +167,7 @@ class StepTimeModel:
     @property
     def wants_passes(self) -> bool:
         """Whether times of passes would make the slope better known: while updates have none, and few were timed."""
-        return math.isnan(self._updates.affine[1]) and sum(1 for _ in self._passes.observations) < _RING
+        return self._passes.count < _RING and math.isnan(self._updates.affine[1])
 
     def forget_above(self, samples: float) -> None:
         """Drop what is known of updates and passes over more than ``samples``, or what counts as the same size."""
