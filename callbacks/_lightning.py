@@ -726,6 +726,8 @@ class StepLog:
 
     def __call__(self, values: Callable[[], Mapping[str, float]]) -> None:
         """Log ``values()`` for the step at hand, always the same names; it is asked for at the next reading."""
+        if self._trainer.barebones:
+            return  # Lightning logs nothing then
         if not self.goes_on:
             self._start(values())
             return

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from adaptive_batch.callbacks import AdaptiveBatchSize
+from adaptive_batch.callbacks import AdaptiveBatchSize, AutoMicroBatch, GradientNoiseMonitor, MemoryMonitor
 from adaptive_batch.clocks import PlainEpoch, SampleClock
 
 B0 = 16
@@ -179,6 +179,32 @@ class TestTheLoop:
         model = Classifier()
         fit(model, loader(), [resizing()], fast_dev_run=True)
         assert model.sizes == [B0]
+
+    @pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # the model does
+    def test_barebones_resizes_and_logs_nothing(self) -> None:
+        model, callback = Classifier(), resizing()
+        others = [GradientNoiseMonitor(), MemoryMonitor()]
+        made = pl.Trainer(barebones=True, accelerator="cpu", max_epochs=2, callbacks=[callback, *others])
+        made.fit(model, loader())
+        assert len(set(model.sizes)) > 1
+        assert epoch_samples(model) == [SAMPLES] * 2
+        assert callback.history.column("batch_size") == model.sizes
+        assert not made.callback_metrics
+
+    @pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # the model does
+    def test_barebones_keeps_the_size_and_splits(self) -> None:
+        passes: list[int] = []
+
+        class Seen(Classifier):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                passes.append(len(batch[0]))
+                return super().training_step(batch, batch_idx)
+
+        model = Seen()
+        callback = AutoMicroBatch(micro_batch_size=B0 // 2)
+        made = pl.Trainer(barebones=True, accelerator="cpu", max_epochs=1, callbacks=[callback])
+        made.fit(model, loader())
+        assert (sum(passes), max(passes), max(model.sizes)) == (SAMPLES, B0 // 2, B0)
 
 
 class TestLimits:
