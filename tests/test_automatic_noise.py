@@ -9,10 +9,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from lightning_problems import Classifier, Recorded, fit, loader
+from pytorch_lightning.callbacks import ModelPruning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from adaptive_batch.callbacks import AdaptiveBatchSize
+from adaptive_batch.callbacks import AdaptiveBatchSize, GradientNoiseMonitor
 from adaptive_batch.measurement import Measurement
 
 
@@ -73,6 +74,69 @@ def test_a_weight_that_is_used_outside_of_its_layer_is_measured_by_parts_and_the
     assert "measured by the parts of updates from here on: per-example norms failed at net.0.weight" in (
         callback.history.notes[0].reason
     )
+
+
+def test_layers_that_are_pruned_during_training_are_measured_by_parts_from_then_on() -> None:
+    plain, model = Classifier(dropout=0.0), Classifier(dropout=0.0)
+    fit(plain, loader(), [pruning()], max_epochs=4)
+    callback = AdaptiveBatchSize(Keep(), lr_scaling="none", verbose=False)
+    fit(model, loader(), [callback, pruning()], max_epochs=4)
+    assert "from here on: per-example norms failed at net." in callback.history.notes[0].reason
+    assert callback.controller.noise.measurements >= 15
+    assert model.loss_trace == pytest.approx(plain.loss_trace)
+
+
+def test_a_monitor_of_layers_that_are_pruned_goes_on_with_the_probe() -> None:
+    plain, model, monitor = Classifier(dropout=0.0), Classifier(dropout=0.0), GradientNoiseMonitor()
+    fit(plain, loader(), [pruning()], max_epochs=4)
+    with pytest.warns(UserWarning, match=r"per-example norms failed at net.* goes on with the probe"):
+        fit(model, loader(), [monitor, pruning()], max_epochs=4)
+    assert monitor.noise.measurements >= 8
+    assert model.loss_trace == plain.loss_trace
+
+
+class OneByOne(Classifier):
+    """Calls layers on single examples, without a batch dimension."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.single = nn.Sequential(nn.Conv1d(1, 2, 3, padding=1), nn.Flatten(0), nn.Linear(16, 8), nn.LayerNorm(8))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, *others = batch
+        return super().training_step((torch.stack([self.single(row[None]) for row in x]), *others), batch_idx)
+
+
+@pytest.mark.parametrize("kind", [AdaptiveBatchSize, GradientNoiseMonitor])
+@pytest.mark.filterwarnings("ignore:per-example norms failed:UserWarning")
+def test_layers_that_see_one_example_at_a_time_are_measured_otherwise(kind: type[Any]) -> None:
+    plain, model = OneByOne(), OneByOne()
+    fit(plain, loader(), max_epochs=3)
+    callback = kind(Keep(), lr_scaling="none", verbose=False) if kind is AdaptiveBatchSize else kind()
+    fit(model, loader(), [callback], max_epochs=3)
+    noise = callback.controller.noise if kind is AdaptiveBatchSize else callback.noise
+    assert noise.measurements >= 4
+    assert model.loss_trace == pytest.approx(plain.loss_trace, rel=1e-4)
+
+
+def test_a_weight_that_is_exchanged_during_training_is_measured_by_parts_from_then_on() -> None:
+    class Exchanged(Classifier):
+        def on_train_epoch_start(self) -> None:
+            super().on_train_epoch_start()
+            if self.current_epoch == 1:
+                first: Any = self.net[0]
+                first.weight = nn.Parameter(first.weight.detach().clone())
+                self.trainer.optimizers[0].add_param_group({"params": [first.weight]})
+
+    callback = watched(Exchanged(dropout=0.0), verbose=False)
+    assert "failed at net.0: its weight is not a parameter that training began with" in (
+        callback.history.notes[0].reason
+    )
+    assert callback.controller.noise.measurements >= 15
+
+
+def pruning() -> ModelPruning:
+    return ModelPruning("l1_unstructured", amount=0.1)
 
 
 def test_by_example_is_an_error_where_it_was_asked_for_and_cannot_be_had() -> None:

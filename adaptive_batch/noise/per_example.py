@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -333,14 +334,14 @@ class PerExampleNorms:
                 f'per-example norms are not known for {names}; use noise="probe" or noise="micro_batches".'
             )
         self._layers = [
-            (layer, rule)
-            for layer in module.modules()
+            (place or "the model", layer, rule)
+            for place, layer in module.named_modules()
             if (rule := _rule(layer)) is not None
             and (only is None or isinstance(layer, only))
             and any(p.requires_grad for p in layer.parameters(recurse=False))
         ]
         self._names = {id(p): name for name, p in module.named_parameters()}
-        owned = (p for layer, _ in self._layers for p in layer.parameters(recurse=False))
+        owned = (p for _, layer, _ in self._layers for p in layer.parameters(recurse=False))
         self.parameters = [p for p in dict.fromkeys(owned) if p.requires_grad]
         if not self.parameters:
             raise Unmeasurable('no layer has parameters to take per-example norms of; use noise="probe".')
@@ -364,7 +365,8 @@ class PerExampleNorms:
         self.sizes: list[int] = []
         self._forget()
         self._handles = [
-            layer.register_forward_hook(partial(self._forward, rule), with_kwargs=True) for layer, rule in self._layers
+            layer.register_forward_hook(partial(self._forward, place, rule), with_kwargs=True)
+            for place, layer, rule in self._layers
         ]
         for p in self.parameters:
             hook = partial(self._backward, p)
@@ -379,31 +381,32 @@ class PerExampleNorms:
         self._handles.clear()
         self._forget()
 
-    def _forward(self, rule: Any, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    def _forward(self, place: str, rule: Any, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         if output.requires_grad:
             a = (args[0] if args else kwargs["input"]).detach()
-            hook = partial(self._output, rule, layer, a)
+            hook = partial(self._output, place, rule, layer, a)
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def _output(self, rule: Any, layer: nn.Module, a: Tensor, d: Tensor) -> None:
+    def _output(self, place: str, rule: Any, layer: nn.Module, a: Tensor, d: Tensor) -> None:
         if not self._handles:  # a graph that outlives the measured update
             return
         if d.dtype in HALF:
             self._tolerance = 3e-2
-        uses = rule(layer, a[: self._examples], d[: self._examples])
-        for name, parameter in layer.named_parameters(recurse=False):
-            if parameter.requires_grad:
+        with self._noting(place):
+            uses = rule(layer, a[: self._examples], d[: self._examples])
+            for name, parameter in layer.named_parameters(recurse=False):
+                if not parameter.requires_grad:
+                    continue
+                if name not in uses or id(parameter) not in self._names:
+                    raise ValueError(f"its {name} is not a parameter that training began with (pruning?)")
                 self._uses.setdefault(id(parameter), []).append(uses[name]())
 
     @torch.no_grad()
     def _backward(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """All uses of the parameter are known now: autograd has added up its gradient.
-
-        An error in here would end the user's backward pass, so a problem is only noted.
-        """
+        """All uses of the parameter are known now: autograd has added up its gradient."""
         uses = self._uses.pop(id(parameter), [])
-        try:
+        with self._noting(self._names[id(parameter)]):
             if not uses:
                 raise ValueError("it got a gradient that did not pass through its layer")
             if id(parameter) in self._terms:
@@ -417,8 +420,14 @@ class PerExampleNorms:
             if combined.is_cheap:
                 self._cheap.add(id(parameter))
             self._terms[id(parameter)] = combined.sq_norms()
+
+    @contextmanager
+    def _noting(self, place: str) -> Iterator[None]:
+        """An error would end the user's backward pass, so the first problem is only noted."""
+        try:
+            yield
         except (ValueError, RuntimeError, IndexError) as error:
-            self._problem = f"{self._names[id(parameter)]}: {error}"
+            self._problem = self._problem or f"{place}: {error}"
 
     def end_part(self, size: int, weight: float | Tensor) -> None:
         """Close the batch whose backward pass has just ended.
