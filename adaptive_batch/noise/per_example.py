@@ -370,7 +370,7 @@ class PerExampleNorms:
         ]
         for p in self.parameters:
             hook = partial(self._backward, p)
-            self._handles.append(p.register_hook(hook))  # type: ignore[no-untyped-call]
+            self._handles.append(p.register_hook(hook))
         return self
 
     def __exit__(
