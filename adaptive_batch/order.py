@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,21 +89,36 @@ def set_epoch(source: Any, epoch: int) -> None:
 
 def global_random_state() -> dict[str, Any]:
     """The states of torch's (on the CPU), NumPy's and Python's global generators, as plain numbers and tensors."""
-    _, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "numpy": [keys.tolist(), *rest],
+        "numpy": _plain(np.random.get_state(legacy=False)),
         "python": [version, list(internal), gauss],
     }
 
 
 def set_global_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what :func:`global_random_state` gave."""
+    """Put back what :func:`global_random_state` gave.
+
+    Raises:
+        ValueError: NumPy's global generator is of another kind than it was then; nothing is changed.
+    """
+    kind, present = state["numpy"]["bit_generator"], np.random.get_state(legacy=False)["bit_generator"]
+    if kind != present:
+        raise ValueError(
+            f"the state was made with NumPy's global {kind}, but this process has {present}; call "
+            f"np.random.set_bit_generator(np.random.{kind}()) before."
+        )
     torch.set_rng_state(state["torch"])
-    np.random.set_state(("MT19937", *state["numpy"]))
+    np.random.set_state(state["numpy"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def _plain(state: Any) -> Any:
+    if isinstance(state, Mapping):
+        return {key: _plain(value) for key, value in state.items()}
+    return state.tolist() if isinstance(state, np.ndarray) else state
 
 
 def order_state(source: Any) -> dict[str, Any]:

@@ -228,6 +228,28 @@ def test_a_run_resumed_from_a_checkpoint_repeats_the_uninterrupted_one(tmp_path:
     assert_any_checkpoint_repeats(tmp_path, some=2, **SETUPS[setup])
 
 
+@pytest.mark.filterwarnings("ignore:get_state and legacy can only be used")  # Lightning asks for it so
+@pytest.mark.parametrize("kind", [np.random.PCG64, np.random.SFC64])
+def test_a_run_under_another_generator_of_numpys_repeats_and_needs_the_same_one(tmp_path: Path, kind: Any) -> None:
+    before = np.random.get_bit_generator()  # type: ignore[attr-defined]  # numpy's stubs leave it out
+
+    def train_under(folder: Path, ckpt: Path | None = None, *, generator: Any = kind) -> Run:
+        def data() -> DataLoader[Any]:
+            np.random.set_bit_generator(generator(5))  # type: ignore[attr-defined]
+            return loader(SAMPLES, 8)
+
+        try:
+            return train(folder, ckpt, data=data)
+        finally:
+            np.random.set_bit_generator(before)  # type: ignore[attr-defined]
+
+    whole = train_under(tmp_path / "whole")
+    for ckpt in checkpoints(tmp_path / "whole", 2):
+        assert_repeats(whole, train_under(tmp_path / "resumed", ckpt), ckpt)
+    with pytest.raises(ValueError, match=f"made with NumPy's global {kind.__name__}.* MT19937; call np.random.set_bit"):
+        train_under(tmp_path / "refused", ckpt, generator=np.random.MT19937)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS)
 def test_a_run_resumed_from_any_checkpoint_repeats_the_uninterrupted_one(tmp_path: Path, setup: str) -> None:
