@@ -758,7 +758,8 @@ class StepLog:
             for name, value in self._newest().items():
                 old = self._logged[name]
                 if value != old and (value == value or old == old):  # NaN after NaN is no change
-                    self._logged[name], self._tensors[name] = value, torch.full((), value)
+                    self._logged[name] = value
+                    self._tensors[name] = torch.full((), value, dtype=self._tensors[name].dtype)
             self._newest = None
         return {n: t for n, t in self._tensors.items() if self._metrics[n]._forward_cache is _PASSED_OVER}
 

@@ -293,6 +293,26 @@ class TestAttribution:
             fit(Classifier(), loader(), [callback, Stops()])
         assert seen == [callback.history.updates[-1].samples]
 
+    @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+    def test_every_value_has_the_type_that_lightning_logs_in(self, default: torch.dtype) -> None:
+        seen: list[tuple[torch.dtype, float]] = []
+
+        class Looks(pl.Callback):
+            def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+                trainer.lightning_module.log("plain", 1.0)
+                for name in ("plain", "adaptive_batch/samples"):
+                    value = trainer.callback_metrics[name]
+                    seen.append((value.dtype, float(value)))
+
+        callback = resizing(lr_scaling="none")
+        torch.set_default_dtype(default)
+        try:
+            fit(Classifier(), loader(), [callback, Looks()])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {dtype for dtype, _ in seen} == {torch.float64 if default == torch.float64 else torch.float32}
+        assert [value for _, value in seen[1::2]] == callback.history.column("samples")
+
     def test_a_name_that_the_module_logs_too_is_the_modules(self) -> None:
         class Logs(Classifier):
             def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
