@@ -31,7 +31,7 @@ class Rollback:
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
-        self._buffered = [(m, name) for m in modules for name in m._buffers]
+        self._buffered = [(m, name) for m in modules for name in m._buffers.keys()]  # noqa: SIM118  a ScriptModule's has no more
         self._parameters = list(module.parameters())  # frozen ones too: they may be trained later
         self._no_gradients = [None for _ in self._parameters]
         self._generators = _generators(modules)
@@ -42,7 +42,7 @@ class Rollback:
 
     def save(self, *, accumulated: bool) -> None:
         """Remember the present state; ``accumulated`` says that the gradients hold earlier batches."""
-        self._buffers = [_with_copy(module._buffers.get(name)) for module, name in self._buffered]
+        self._buffers = [_with_copy(getattr(module, name, None)) for module, name in self._buffered]
         self._gradients = [_copy(p.grad) for p in self._parameters] if accumulated else self._no_gradients
         self._random = _RandomStates(self._generators, self._numpy.now(), self._python.now())
 
@@ -56,7 +56,10 @@ class Rollback:
         for (module, name), saved in zip(self._buffered, self._buffers, strict=True):
             if saved is not None:
                 buffer, copy = saved
-                module._buffers[name] = buffer.copy_(copy)  # the same tensor: others may hold on to it
+                if copy is not buffer:
+                    buffer.copy_(copy)  # the same tensor: others may hold on to it
+                if getattr(module, name, None) is not buffer:
+                    setattr(module, name, buffer)
         if gradients:
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 parameter.grad = _copy(gradient)
@@ -179,7 +182,10 @@ def _generators(modules: Iterable[nn.Module]) -> list[torch.Generator]:
 
 
 def _with_copy(buffer: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if buffer is None else (buffer, buffer.detach().clone())
+    if buffer is None:
+        return None
+    expanded = any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
+    return (buffer, buffer if expanded else buffer.detach().clone())  # nothing can write into an expanded one
 
 
 def _copy(gradient: Tensor | None) -> Tensor | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from adaptive_batch.callbacks import _lightning
 from adaptive_batch.callbacks._metrics import Metrics
@@ -18,7 +19,7 @@ from adaptive_batch.callbacks._parts import Parts
 from adaptive_batch.callbacks._probe import Probe
 from adaptive_batch.callbacks._self_check import SelfCheck
 from adaptive_batch.callbacks._sharded import ShardedNorms, all_can_split, sharded_sq_norm
-from adaptive_batch.callbacks._trial import Trial
+from adaptive_batch.callbacks._trial import Trial, own_copy
 from adaptive_batch.layers import batch_dependent_layers, is_compiled, warn_of_splitting
 from adaptive_batch.measurement import Number
 from adaptive_batch.memory import allocated_bytes
@@ -147,8 +148,13 @@ class UpdateExecutor:
             examples = PerExampleNorms(self._module)
         except Unmeasurable:
             return
-        if set(examples.parameters) == {p for p in self._parameters() if p.requires_grad}:
+        if self._covered_by(examples):
             self._noise, self._examples, self._unmeasured = "per_example", examples, None
+
+    def _covered_by(self, examples: PerExampleNorms) -> bool:
+        """Whether they are of all parameters that are trained now."""
+        known = {p for p in examples.parameters if p.requires_grad}
+        return known == {p for p in self._parameters() if p.requires_grad}
 
     @property
     def noise_schedule(self) -> Schedule:
@@ -169,7 +175,7 @@ class UpdateExecutor:
 
     def _measurable(self) -> bool:
         if self._unmeasured is None:
-            return True
+            return not any(map(is_lazy, self._parameters()))  # before the first pass
         if not self._warned:
             warnings.warn(f"the gradient noise of this run is not measured: {self._unmeasured}.", stacklevel=2)
             self._warned = True
@@ -319,6 +325,7 @@ class UpdateExecutor:
         self._rollback.save(accumulated=accumulated)
         self._metrics.save()
         hook = self._module._current_fx_name
+        untouched = own_copy(kwargs["batch"])
         zero_grad = closure._zero_grad_fn
         try:
             while True:
@@ -334,6 +341,7 @@ class UpdateExecutor:
                 self._rollback.restore(gradients=cleared or accumulated)
                 self._metrics.restore()
                 self._module._current_fx_name = hook
+                kwargs = {**kwargs, "batch": untouched}
                 self._memory.learn(failed)
                 if sync is not None:
                     sync.share_buffers()
@@ -438,7 +446,16 @@ class UpdateExecutor:
     def _norms(self) -> _Norms:
         if self._sharded:
             return ShardedNorms(self._trainer, self._parameters(), self._parts_over_ranks())
+        if self._examples is not None and not self._covered_by(self._examples):  # layers were frozen or set free
+            self._look_at_examples_again()
         return self._examples or PartNorms(self._parameters())
+
+    def _look_at_examples_again(self) -> None:
+        if not self._automatic:
+            self._examples = PerExampleNorms(self._module)
+            return
+        self._measure_without_examples()
+        self.on_fit_start()
 
     def _measure_without_examples(self) -> None:
         self._noise, self._examples = self._without_examples, None
@@ -538,7 +555,9 @@ class UpdateExecutor:
             self.part_sq_norms, self.part_sizes = [], []
             return
         total = self._total_sq_norm()
-        if total is not None:
+        if total is None:  # training_step returned None
+            self.part_sq_norms, self.part_sizes = [], []
+        else:
             factor = _lightning.amp_scale(self._trainer)
             if self._loss_reduction == "sum":
                 factor = factor * sum(self._batch_sizes) / accumulate

@@ -123,7 +123,8 @@ class Parts:
         return first._make(entries) if hasattr(first, "_make") else type(first)(entries)
 
     def _join_tensors(self, values: list[Tensor], parts: list[int]) -> Any:
-        if all(v.ndim > 0 and len(v) == self._sizes[i] for v, i in zip(values, parts, strict=True)):
+        alike = len({v.shape[1:] for v in values}) == 1
+        if alike and all(v.ndim > 0 and len(v) == self._sizes[i] for v, i in zip(values, parts, strict=True)):
             return torch.cat(values)
         if any(v.numel() != 1 or v.dtype is torch.bool for v in values):
             return values[-1]

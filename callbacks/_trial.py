@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,12 @@ from adaptive_batch.transaction import Rollback
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Trial"]
+__all__ = ["Trial", "own_copy"]
+
+
+def own_copy(batch: Any) -> Any:
+    """For a pass whose training_step may take entries out of its batch; tensors are shared."""
+    return copy.copy(batch) if isinstance(batch, (MutableMapping, MutableSequence)) else batch
 
 
 class Trial:
@@ -60,6 +66,7 @@ class Trial:
 
     def loss(self, kwargs: Mapping[str, Any], batch: Any) -> torch.Tensor | None:
         """The loss of ``training_step`` on ``batch``, with its other arguments from ``kwargs``."""
+        batch = own_copy(batch)
         self._log.start_part(batch)
         loop: Any = self._trainer.fit_loop.epoch_loop.automatic_optimization
         loss: torch.Tensor | None = loop._make_step_fn({**kwargs, "batch": batch})().closure_loss

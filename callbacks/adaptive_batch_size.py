@@ -234,6 +234,35 @@ class AdaptiveBatchSize(CallbackBase):
         self._trainer = trainer
         self._device = trainer.strategy.root_device
         self._manual = not pl_module.automatic_optimization
+        self._log = _lightning.StepLog(trainer, "on_train_batch_end")
+        self._patches.later(self._log.close)
+        self._limits = LoaderLimits(trainer)
+        _lightning.skip_unused_hooks(self._patches, self)
+        _lightning.override_setup_data(self._patches, trainer, self._setup_data)
+        _lightning.override_train_loader(self._patches, trainer, self._adapt_loader)
+        _lightning.override_closure(self._patches, trainer, self._make_closure)
+        if pl_module.automatic_optimization:
+            _lightning.override_optimizer_step(self._patches, trainer, self._optimizer_step)
+        else:
+            _lightning.override_manual_step(self._patches, trainer, self._manual_step)
+            _lightning.override_backward(self._patches, trainer, lambda loss: self._executor.weigh(loss))
+        if self._clock_name != "updates":
+            _lightning.override_scheduler_steps(self._patches, trainer, self._scheduler_indices)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pick the learning-rate rule and look at the model, now that there are an optimizer and all layers."""
+        if len(trainer.optimizers) != 1:
+            raise ValueError(
+                "AdaptiveBatchSize needs exactly one optimizer, but configure_optimizers returned "
+                f"{len(trainer.optimizers)}; "
+                "combine them into one with several parameter groups."
+            )
+        if not trainer.optimizers[0].param_groups:
+            raise ValueError(
+                "AdaptiveBatchSize needs an optimizer, but configure_optimizers returned None; return one."
+            )
+        self._controller.lr_scaling = resolve_lr_scaling(self._lr_scaling, trainer.optimizers[0], self._policy)
+        self._run_state = RunState(trainer, pl_module)
         self._executor = self._splitting.executor(
             trainer,
             pl_module,
@@ -246,31 +275,6 @@ class AdaptiveBatchSize(CallbackBase):
                 "balance_ranks=True needs passes in which no rank waits for another, to tell how fast each is; use DDP "
                 'and micro_batch_size="auto", or leave it out.'
             )
-        self._log = _lightning.StepLog(trainer, "on_train_batch_end")
-        self._patches.later(self._log.close)
-        self._limits = LoaderLimits(trainer)
-        self._run_state = RunState(trainer, pl_module)
-        _lightning.skip_unused_hooks(self._patches, self)
-        _lightning.override_setup_data(self._patches, trainer, self._setup_data)
-        _lightning.override_train_loader(self._patches, trainer, self._adapt_loader)
-        _lightning.override_closure(self._patches, trainer, self._make_closure)
-        if pl_module.automatic_optimization:
-            _lightning.override_optimizer_step(self._patches, trainer, self._optimizer_step)
-        else:
-            _lightning.override_manual_step(self._patches, trainer, self._manual_step)
-            _lightning.override_backward(self._patches, trainer, self._executor.weigh)
-        if self._clock_name != "updates":
-            _lightning.override_scheduler_steps(self._patches, trainer, self._scheduler_indices)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Pick the learning-rate rule, now that there is an optimizer."""
-        if len(trainer.optimizers) != 1:
-            raise ValueError(
-                "AdaptiveBatchSize needs exactly one optimizer, but configure_optimizers returned "
-                f"{len(trainer.optimizers)}; "
-                "combine them into one with several parameter groups."
-            )
-        self._controller.lr_scaling = resolve_lr_scaling(self._lr_scaling, trainer.optimizers[0], self._policy)
         if "inner_products" not in getattr(self._policy, "needs", ()):  # which take parts
             self._executor.on_fit_start()
         if self._manual and "noise" in self._controller.needs:

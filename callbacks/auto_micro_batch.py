@@ -91,10 +91,13 @@ class AutoMicroBatch(CallbackBase):
         _check_supported(trainer, pl_module)
         self._patches.undo()
         self._trainer = trainer
-        self._executor = self._splitting.executor(trainer, pl_module)
         self._log = _lightning.StepLog(trainer, "on_train_batch_end")
         self._patches.later(self._log.close)
         _lightning.override_closure(self._patches, trainer, self._make_closure)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the model, now that it has all its layers."""
+        self._executor = self._splitting.executor(trainer, pl_module)
 
     def _make_closure(self, original: Callable[..., Any], kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
         if not any(callback is self for callback in _lightning.callbacks_of(self._trainer)):

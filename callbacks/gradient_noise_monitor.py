@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from adaptive_batch.callbacks import _lightning
 from adaptive_batch.callbacks._lightning import CallbackBase
 from adaptive_batch.callbacks._probe import Probe
 from adaptive_batch.controller import NOISE_MEMORY_FRACTIONS, NOISE_MEMORY_UPDATES
 from adaptive_batch.iterable import count_samples
+from adaptive_batch.layers import batch_dependent_layers
 from adaptive_batch.measurement import read_numbers
 from adaptive_batch.micro_batching import balanced_sizes
 from adaptive_batch.noise import GradientNoiseScale
@@ -167,6 +169,7 @@ class GradientNoiseMonitor(CallbackBase):
         self._source = None if name == "probe" else make_source(name, module, optimizer, self._metric)
         if name in ("probe", "norm_layers"):
             self._probe = Probe(trainer, module)
+            self._smallest = 2 if batch_dependent_layers(module) else 1
 
     # The loop
 
@@ -176,7 +179,8 @@ class GradientNoiseMonitor(CallbackBase):
         if self._in_update:
             return
         self._in_update = True
-        self._measures = self._due() and (self._metric is None or self._metric.ready)
+        ready = self._metric is None or self._metric.ready
+        self._measures = self._due() and ready and not any(map(is_lazy, pl_module.parameters()))
         if not self._measures:
             return
         source, probes = self._source, self._probe is not None and self._samples > 1
@@ -198,7 +202,9 @@ class GradientNoiseMonitor(CallbackBase):
     def _probed(self, trainer: Trainer, batch: Any, batch_idx: int, parts: int = 2) -> NoiseSample | None:
         assert self._probe is not None
         samples = self._samples
-        sizes = balanced_sizes(samples, -(-samples // parts))
+        sizes = balanced_sizes(samples, -(-samples // parts), smallest=self._smallest)
+        if len(sizes) < 2:
+            return None
 
         def factor(part: Any, size: int) -> tuple[float, float]:
             return (size / samples if self._mean else 1 / samples), size / samples

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from torch.nn.parameter import is_lazy
+
 from adaptive_batch.callbacks import _lightning
 from adaptive_batch.callbacks._lightning import CallbackBase
 from adaptive_batch.callbacks._options import check_function
@@ -84,7 +86,7 @@ class MemoryMonitor(CallbackBase):
     def _can_measure(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> bool:
         """Whether ``training_step`` runs while saved bytes are counted: tried once, and undone."""
         device = trainer.strategy.root_device
-        if device.type == "cuda" or not module.automatic_optimization:
+        if device.type == "cuda" or not module.automatic_optimization or any(map(is_lazy, module.parameters())):
             return True
         trial = Trial(trainer, module)
         alone = _lightning.RankSync(trainer).blocked() if _lightning.uses_ddp(trainer) else nullcontext()

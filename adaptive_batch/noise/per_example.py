@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from adaptive_batch.noise.part_norms import HALF
@@ -153,7 +154,8 @@ def _rule(layer: nn.Module) -> Callable[[Any, Tensor, Tensor], _Uses] | None:
     for kind, rule in _RULES.items():
         if isinstance(layer, kind) and type(layer).forward is kind.forward:
             scaled = isinstance(layer, nn.Embedding) and layer.scale_grad_by_freq
-            return None if scaled or set(layer._parameters) - {"weight", "bias"} else rule
+            unknown = scaled or any(map(is_lazy, layer.parameters(recurse=False)))
+            return None if unknown or set(layer._parameters) - {"weight", "bias"} else rule
     return None
 
 
@@ -369,6 +371,8 @@ class PerExampleNorms:
             for place, layer, rule in self._layers
         ]
         for p in self.parameters:
+            if not p.requires_grad:  # frozen since: no example has a gradient
+                continue
             hook = partial(self._backward, p)
             self._handles.append(p.register_hook(hook))
         return self
@@ -381,10 +385,12 @@ class PerExampleNorms:
         self._handles.clear()
         self._forget()
 
-    def _forward(self, place: str, rule: Any, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            a = (args[0] if args else kwargs["input"]).detach()
-            hook = partial(self._output, place, rule, layer, a)
+    def _forward(self, place: str, rule: Any, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        a = args[0] if args else next(iter(kwargs.values()), None)
+        # Where a hook or a forward of the user's own makes something else of either, the weight's gradient is found to
+        # have come another way.
+        if isinstance(a, Tensor) and isinstance(output, Tensor) and output.requires_grad:
+            hook = partial(self._output, place, rule, layer, a.detach())
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
