@@ -109,14 +109,12 @@ class SkipsBatches(Plain):
 
 
 class Scaled(nn.Module):
-    scale: Tensor
-
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale", torch.full((8,), 0.5))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.mul(x, self.scale)  # type: ignore[arg-type]
 
 
 class Scripted(Plain):
