@@ -364,6 +364,8 @@ class AdaptiveBatchSize(CallbackBase):
         assert self._trainer is not None
         trainer = self._trainer
         size = sampler.batch_size
+        if self._updates == 0 and self._loaded is None:
+            self._controller.reference_batch_size = None  # a tuner has made the loader anew since the last one
         if self._loaded is not None and self._controller.reference_batch_size is not None:
             # However the loader is batched on this number of ranks.
             size = max(1, self._controller.reference_batch_size // trainer.accumulate_grad_batches)
@@ -826,6 +828,8 @@ class AdaptiveBatchSize(CallbackBase):
         self._updates, self._samples = state_dict["updates"], state_dict["samples"]
         self._position, self._noted = state_dict["position"], state_dict["noted"]
         self._loaded = state_dict if "sampler" in state_dict else None
+        if self._books is not None and self._controller.reference_batch_size is None:
+            self._set_bounds(self._plain)  # saved before there was a loader, as tuners do
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """What is each rank's own goes into the checkpoint; one that comes of an exception is made by whoever can."""

@@ -7,13 +7,14 @@ import random
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_problems import SAMPLES, Classifier, fit, loader
-from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning_problems import SAMPLES, Classifier, fit, loader, trainer
+from pytorch_lightning.callbacks import BatchSizeFinder, ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor
 from torch.optim import lr_scheduler
@@ -179,6 +180,27 @@ class TestTheLoop:
         model = Classifier()
         fit(model, loader(), [resizing()], fast_dev_run=True)
         assert model.sizes == [B0]
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_starts_from_the_size_that_a_finder_beside_it_has_found(self, tmp_path: Path, first: bool) -> None:
+        class Sized(Classifier):
+            batch_size = 4
+
+            def train_dataloader(self) -> DataLoader[Any]:
+                return loader(batch_size=self.batch_size)
+
+            def val_dataloader(self) -> DataLoader[Any]:
+                return val()
+
+        finder, model = BatchSizeFinder("power", steps_per_trial=1, max_trials=3, init_val=4), Sized()
+        callback = AdaptiveBatchSize(verbose=False)
+        both = [finder, callback] if first else [callback, finder]
+        made = trainer(both, enable_checkpointing=True, default_root_dir=tmp_path)
+        made.fit(model)
+        assert model.batch_size == 16
+        assert epoch_samples(model)[-2:] == [SAMPLES] * 2
+        assert callback.controller.reference_batch_size == 16
+        assert callback.history.updates[0].batch_size == 16
 
     @pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # the model does
     def test_barebones_resizes_and_logs_nothing(self) -> None:
