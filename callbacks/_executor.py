@@ -247,12 +247,30 @@ class UpdateExecutor:
         """Samples of each pass; ``split`` makes parts for the noise where there would be none."""
         return self.limit.sizes(self._samples, parts=PURPOSEFUL_PARTS if split else 1)
 
-    def _sizes_now(self) -> list[int]:
+    def _sizes_now(self, batch: Any) -> list[int]:
         """Samples of each pass of the batch at hand."""
-        sizes = self._sizes(split=self._splits_to_measure)
-        if not self._in_turns or len(sizes) > 1:
+        sizes = self._sizes(split=False)
+        if len(sizes) > 1:
             return sizes
-        return unequal_sizes(sizes[0], few_first=self._few_first)
+        if self._in_turns:
+            parts = unequal_sizes(sizes[0], few_first=self._few_first)
+        else:
+            parts = self._sizes(split=self._splits_to_measure)
+        return parts if self._splits_into(parts, batch) else sizes
+
+    def _splits_into(self, parts: list[int], batch: Any) -> bool:
+        """Whether a batch that nobody asked to split has such parts; if not, nothing is measured of its update."""
+        if len(parts) == 1 or not self._automatic:
+            return True
+        try:
+            split_batch(batch, parts, self._samples)
+        except ValueError as problem:
+            self._measure = self._in_turns = False
+            if not self._warned:
+                warnings.warn(f"the gradient noise of an update is not measured: {problem}", stacklevel=2)
+                self._warned = True
+            return False
+        return True
 
     @property
     def _may_split_on_purpose(self) -> bool:
@@ -302,15 +320,15 @@ class UpdateExecutor:
         if self._measure and self.ranks == 1 and not self._sharded:
             split = self._splits_to_measure and len(self._sizes(split=False)) == 1
             self.disturbed = split or self._noise != "micro_batches"
-            if self._time_parts and self._splits and self._noise == "probe":
-                self._time_passes(kwargs)
-            if self._noise == "probe":
+            if self._noise == "probe" and self._splits_into(self._sizes(split=True), kwargs["batch"]):
+                if self._time_parts and self._splits:
+                    self._time_passes(kwargs)
                 self._run_probe(kwargs)
         if self._measure and self._sharded:
             self._measure = all_can_split(self._trainer, self._samples, PURPOSEFUL_PARTS)
         if not self.recovers:
             self._check_first(kwargs)
-            result = self._attempt(closure, kwargs, self._sizes_now())
+            result = self._attempt(closure, kwargs, self._sizes_now(kwargs["batch"]))
             self._end_batch()
             return result
         accumulated = batch_idx % self._trainer.accumulate_grad_batches != 0
@@ -329,7 +347,7 @@ class UpdateExecutor:
         zero_grad = closure._zero_grad_fn
         try:
             while True:
-                sizes = self._sizes_now()
+                sizes = self._sizes_now(kwargs["batch"])
                 try:
                     with nullcontext() if sync is None else sync.blocked():
                         result = self._attempt(closure, kwargs, sizes)

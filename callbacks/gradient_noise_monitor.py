@@ -17,7 +17,7 @@ from adaptive_batch.controller import NOISE_MEMORY_FRACTIONS, NOISE_MEMORY_UPDAT
 from adaptive_batch.iterable import count_samples
 from adaptive_batch.layers import batch_dependent_layers
 from adaptive_batch.measurement import read_numbers
-from adaptive_batch.micro_batching import balanced_sizes
+from adaptive_batch.micro_batching import balanced_sizes, split_batch
 from adaptive_batch.noise import GradientNoiseScale
 from adaptive_batch.noise.per_example import Unmeasurable
 from adaptive_batch.noise.preconditioning import AdamMetric
@@ -109,6 +109,7 @@ class GradientNoiseMonitor(CallbackBase):
         self._in_update = False
         self._stepped = False
         self._logged = False
+        self._warned = False
 
     # Set-up
 
@@ -203,7 +204,7 @@ class GradientNoiseMonitor(CallbackBase):
         assert self._probe is not None
         samples = self._samples
         sizes = balanced_sizes(samples, -(-samples // parts), smallest=self._smallest)
-        if len(sizes) < 2:
+        if len(sizes) < 2 or not self._splits_into(sizes, batch):
             return None
 
         def factor(part: Any, size: int) -> tuple[float, float]:
@@ -212,6 +213,19 @@ class GradientNoiseMonitor(CallbackBase):
         kwargs = _lightning.step_kwargs(trainer, batch, batch_idx)
         parameters = _parameters(trainer.optimizers[0])
         return self._probe.measure(parameters, kwargs, sizes, factor, self._metric)
+
+    def _splits_into(self, sizes: list[int], batch: Any) -> bool:
+        """Whether a batch has such parts; where the probe was asked for, it is an error if not."""
+        try:
+            split_batch(batch, sizes, sum(sizes))
+        except ValueError as problem:
+            if self._name != "auto":
+                raise
+            if not self._warned:
+                warnings.warn(f"the gradient noise of an update is not measured: {problem}", stacklevel=2)
+                self._warned = True
+            return False
+        return True
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A batch's gradients are there."""

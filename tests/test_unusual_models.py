@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`training_step` returned `None`:UserWarning",
     "ignore:`torch.jit.script` is deprecated:DeprecationWarning",
     "ignore:.* looks across the batch:UserWarning",
+    "ignore:Trying to infer the `batch_size`:UserWarning",
 )
 
 
@@ -246,6 +247,47 @@ class TestLayersMadeInSetup:
         tracked = model.late.num_batches_tracked
         assert tracked is not None and int(tracked) == len(model.passes) - 1  # all but the one that failed
         assert int(model.mean._update_count) == -(-SAMPLES // 16)
+
+
+class TimeFirst(Plain):
+    """A batch whose first dimension is not the samples', which nothing can split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8, 1))  # of no known layer
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, *others = batch
+        return [x.T, *others]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, *others = batch
+        return super().training_step(((x * self.scale).T, *others), batch_idx)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("make", [adaptive, lambda: GradientNoiseMonitor(batch_size_of=lambda batch: len(batch[1]))])
+def test_a_batch_that_cannot_be_split_is_trained_on_and_not_measured(make: Any, normalised: bool) -> None:
+    def model() -> TimeFirst:
+        made = TimeFirst()
+        if normalised:
+            made.net = nn.Sequential(nn.BatchNorm1d(8), *made.net)
+        return made
+
+    plain, watched = model(), model()
+    fit(plain, loader(), max_epochs=3)
+    with pytest.warns(UserWarning, match="noise of an update is not measured: batch.* has first dimension 8") as told:
+        fit(watched, loader(), [make()], max_epochs=3)
+    assert sum("not measured" in str(warning.message) for warning in told) == 1
+    assert watched.epochs == plain.epochs
+    assert watched.loss_trace == plain.loss_trace
+
+
+def test_a_batch_that_cannot_be_split_is_an_error_where_parts_were_asked_for() -> None:
+    with pytest.raises(ValueError, match="has first dimension 8 where the batch has 16"):
+        fit(TimeFirst(), loader(), [adaptive(noise="micro_batches")])
+    with pytest.raises(ValueError, match="has first dimension 8 where the batch has 16"):
+        fit(TimeFirst(), loader(), [GradientNoiseMonitor(noise="probe", batch_size_of=lambda batch: len(batch[1]))])
 
 
 @pytest.mark.parametrize("callback", ["AdaptiveBatchSize", "AutoMicroBatch"])
