@@ -250,12 +250,9 @@ class UpdateExecutor:
     def _sizes_now(self, batch: Any) -> list[int]:
         """Samples of each pass of the batch at hand."""
         sizes = self._sizes(split=False)
-        if len(sizes) > 1:
+        if len(sizes) > 1 or not (self._in_turns or self._splits_to_measure):
             return sizes
-        if self._in_turns:
-            parts = unequal_sizes(sizes[0], few_first=self._few_first)
-        else:
-            parts = self._sizes(split=self._splits_to_measure)
+        parts = unequal_sizes(sizes[0], few_first=self._few_first) if self._in_turns else self._sizes(split=True)
         return parts if self._splits_into(parts, batch) else sizes
 
     def _splits_into(self, parts: list[int], batch: Any) -> bool:
