@@ -31,7 +31,8 @@ class Rollback:
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
-        self._buffered = [(m, name) for m in modules for name in m._buffers.keys()]  # noqa: SIM118  a ScriptModule's has no more
+        # Of a ScriptModule they are no dictionary, and cannot be gone through themselves.
+        self._buffered = [(m, name) for m in modules for name in m._buffers.keys()]  # noqa: SIM118
         self._parameters = list(module.parameters())  # frozen ones too: they may be trained later
         self._no_gradients = [None for _ in self._parameters]
         self._generators = _generators(modules)
@@ -42,7 +43,8 @@ class Rollback:
 
     def save(self, *, accumulated: bool) -> None:
         """Remember the present state; ``accumulated`` says that the gradients hold earlier batches."""
-        self._buffers = [_with_copy(getattr(module, name, None)) for module, name in self._buffered]
+        present = (m._buffers[name] if name in m._buffers else None for m, name in self._buffered)  # noqa: SIM401
+        self._buffers = [_with_copy(buffer) for buffer in present]
         self._gradients = [_copy(p.grad) for p in self._parameters] if accumulated else self._no_gradients
         self._random = _RandomStates(self._generators, self._numpy.now(), self._python.now())
 
@@ -185,7 +187,7 @@ def _with_copy(buffer: Tensor | None) -> tuple[Tensor, Tensor] | None:
     if buffer is None:
         return None
     expanded = any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
-    return (buffer, buffer if expanded else buffer.detach().clone())  # nothing can write into an expanded one
+    return buffer, buffer if expanded else buffer.detach().clone()  # nothing can write into an expanded one
 
 
 def _copy(gradient: Tensor | None) -> Tensor | None:
