@@ -181,7 +181,8 @@ def test_lazy_layers_train_on_all_samples(callback: str) -> None:
     assert model.loss_trace[-1] < model.loss_trace[0]
 
 
-def test_layers_set_free_in_mid_run_are_measured_like_those_that_always_were() -> None:
+@pytest.mark.parametrize("noise", ["auto", "per_example"])
+def test_layers_set_free_in_mid_run_are_measured_like_those_that_always_were(noise: str) -> None:
     """At a rate of zero the noise of an update does not depend on when its layers came to be trained."""
 
     class Still(SetFree):
@@ -198,7 +199,7 @@ def test_layers_set_free_in_mid_run_are_measured_like_those_that_always_were() -
     seen: dict[type[Any], list[Measurement]] = {Still: [], Always: []}
     for kind, measurements in seen.items():
         torch.manual_seed(1)
-        callback = adaptive(adjust_every=1)
+        callback = adaptive(adjust_every=1, noise=noise)
         fit(kind(), loader(), [callback], max_epochs=3)
         measurements += [m for m in callback.history.measurements if m.epoch == 2]
     pairs = [
