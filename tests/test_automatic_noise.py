@@ -119,15 +119,27 @@ def test_layers_that_see_one_example_at_a_time_are_measured_otherwise(kind: type
     assert model.loss_trace == pytest.approx(plain.loss_trace, rel=1e-4)
 
 
-def test_a_weight_that_is_exchanged_during_training_is_measured_by_parts_from_then_on() -> None:
-    class Exchanged(Classifier):
-        def on_train_epoch_start(self) -> None:
-            super().on_train_epoch_start()
-            if self.current_epoch == 1:
-                first: Any = self.net[0]
-                first.weight = nn.Parameter(first.weight.detach().clone())
-                self.trainer.optimizers[0].add_param_group({"params": [first.weight]})
+class Exchanged(Classifier):
+    """Gets another first weight in its second epoch."""
 
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.current_epoch == 1:
+            first: Any = self.net[0]
+            first.weight = nn.Parameter(first.weight.detach().clone())
+            self.trainer.optimizers[0].add_param_group({"params": [first.weight]})
+
+
+def test_a_monitor_of_a_weight_that_is_exchanged_goes_on_with_the_probe() -> None:
+    plain, model, monitor = Exchanged(dropout=0.0), Exchanged(dropout=0.0), GradientNoiseMonitor()
+    fit(plain, loader(), max_epochs=4)
+    with pytest.warns(UserWarning, match=r"failed at net.0: its weight is not a parameter that training began with"):
+        fit(model, loader(), [monitor], max_epochs=4)
+    assert monitor.source == "probe"
+    assert model.loss_trace == plain.loss_trace
+
+
+def test_a_weight_that_is_exchanged_during_training_is_measured_by_parts_from_then_on() -> None:
     plain, model = Exchanged(dropout=0.0), Exchanged(dropout=0.0)
     fit(plain, loader(), max_epochs=4)
     callback = watched(model, verbose=False)

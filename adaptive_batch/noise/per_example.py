@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from adaptive_batch.noise.part_norms import HALF
@@ -154,8 +153,7 @@ def _rule(layer: nn.Module) -> Callable[[Any, Tensor, Tensor], _Uses] | None:
     for kind, rule in _RULES.items():
         if isinstance(layer, kind) and type(layer).forward is kind.forward:
             scaled = isinstance(layer, nn.Embedding) and layer.scale_grad_by_freq
-            unknown = scaled or any(map(is_lazy, layer.parameters(recurse=False)))
-            return None if unknown or set(layer._parameters) - {"weight", "bias"} else rule
+            return None if scaled or set(layer._parameters) - {"weight", "bias"} else rule
     return None
 
 
