@@ -706,9 +706,10 @@ _PASSED_OVER = torch.zeros(())
 class StepLog:
     """Logs a fixed set of numbers at every update, and makes tensors of them only when Lightning reads.
 
-    ``LightningModule.log`` is called when a value is new to Lightning (at first, and after each epoch). In between
-    Lightning passes over what it has of them, which saves going through each at every batch, and finds the newest
-    values beside its own. A name that somebody else logs as well is left to them.
+    ``LightningModule.log`` is called for the first of them, and only when it is new to Lightning (at first, and after
+    each epoch): what becomes of it tells when Lightning starts anew. It passes over that one otherwise, and finds the
+    newest values of all beside its own, which spares it to go through each at every batch. A name that somebody else
+    logs as well is left to them.
 
     Values stay on the host: a copy to an accelerator would wait for it.
 
@@ -719,7 +720,7 @@ class StepLog:
     def __init__(self, trainer: Trainer, fx: str) -> None:
         self._trainer = trainer
         self._fx = fx
-        self._metrics: dict[str, Any] = {}
+        self._first: Any = None  # Lightning's own of the first value
         self._logged: dict[str, float] = {}
         self._tensors: dict[str, Tensor] = {}
         self._newest: Callable[[], Mapping[str, float]] | None = None
@@ -728,40 +729,35 @@ class StepLog:
         """Log ``values()`` for the step at hand, always the same names; it is asked for at the next reading."""
         if self._trainer.barebones:
             return  # Lightning logs nothing then
-        if not self.goes_on:
-            self._start(values())
-            return
         self._newest = values
-        if self._reading.logs[-1] is not self:
+        if not self.goes_on:
+            self._start(*next(iter(values().items())))
+        if self._reading.logs[-1:] != [self]:
             self._reading.place_last(self)
 
     @property
     def goes_on(self) -> bool:
         """Whether Lightning still keeps what was logged here, and has not started anew."""
-        kept = [metric._forward_cache is not None for metric in self._metrics.values()]
-        return bool(kept) and all(kept)
+        return self._first is not None and self._first._forward_cache is not None
 
-    def _start(self, values: Mapping[str, float]) -> None:
+    def _start(self, name: str, value: float) -> None:
         results: Any = self._trainer.fit_loop.epoch_loop._results
-        for name, value in values.items():
-            self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
-            metric = self._metrics[name] = results[f"{self._fx}.{name}"]
-            self._tensors[name], metric._forward_cache = metric._forward_cache, _PASSED_OVER
-            metric.has_reset = True
-        self._logged, self._newest = dict(values), None
+        self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+        self._first = results[f"{self._fx}.{name}"]
+        self._dtype = self._first._forward_cache.dtype
+        self._first._forward_cache, self._first.has_reset = _PASSED_OVER, True
         self._reading: _Reading = results.__dict__.setdefault("metrics", _Reading(results))
-        self._reading.place_last(self)
 
     def tensors(self) -> dict[str, Tensor]:
         """The newest values."""
         if self._newest is not None:
             for name, value in self._newest().items():
-                old = self._logged[name]
+                old = self._logged.get(name)
                 if value != old and (value == value or old == old):  # NaN after NaN is no change
                     self._logged[name] = value
-                    self._tensors[name] = torch.full((), value, dtype=self._tensors[name].dtype)
+                    self._tensors[name] = torch.full((), value, dtype=self._dtype)
             self._newest = None
-        return {n: t for n, t in self._tensors.items() if self._metrics[n]._forward_cache is _PASSED_OVER}
+        return self._tensors
 
     def close(self) -> None:
         """After the run: Lightning keeps the last values, and reads as before."""
@@ -788,8 +784,10 @@ class _Reading:
 
     def __call__(self, on_step: bool) -> Any:
         metrics = self._read(on_step)
+        newest: dict[str, Tensor] = {}
         for log in self.logs if on_step else ():
-            values = log.tensors()
-            metrics["callback"].update(values)
-            metrics["log"].update(values)
+            if log.goes_on:
+                newest.update(log.tensors())
+        for kind in ("callback", "log"):
+            metrics[kind] = {**newest, **metrics[kind]}
         return metrics
