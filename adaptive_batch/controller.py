@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from adaptive_batch.lr_scaling import GroupValues, LRScaling, resolve_lr_scaling
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.noise import GradientNoiseScale, InnerProducts, two_batch_estimate
-from adaptive_batch.policies import Constant, Policy, _words, active_policy, is_measured, resolve_policy
+from adaptive_batch.policies import (
+    Combined,
+    Constant,
+    Policy,
+    _words,
+    active_policy,
+    bounded,
+    is_measured,
+    resolve_policy,
+)
 from adaptive_batch.throughput import StepTimeModel
 
 if TYPE_CHECKING:
@@ -168,6 +177,7 @@ class BatchSizeController:
         self._measured_run = 0
         self._last_noise_scale = self._rate_noise_scale = math.nan
         self._estimates = (math.nan, math.nan, math.nan)
+        self._peak_lr = math.nan
         self._newest = (0, math.nan, math.nan)  # update, |G|^2 and tr(Sigma) of the last measured one
 
     @property
@@ -283,6 +293,8 @@ class BatchSizeController:
         if self.batch_size is None:
             self.batch_size = self.reference_batch_size
         self._pending.append(measurement)
+        if math.isfinite(measurement.lr) and not measurement.lr <= self._peak_lr:
+            self._peak_lr = measurement.lr
         self._updates += 1
         if self._updates % self.adjust_every:
             return None
@@ -389,6 +401,7 @@ class BatchSizeController:
             m,
             batch_size=self.batch_size,
             reference_batch_size=self.reference_batch_size,
+            peak_lr=self._peak_lr,
             loss=loss,
             part_sq_norms=(),
             part_sizes=(),
@@ -400,6 +413,7 @@ class BatchSizeController:
             grad_variance=grad_variance,
             interval=self.noise.interval(EVIDENCE),
             inner_product_variance=self.inner_products.variance,
+            inner_product_lower=self.inner_products.lower,
             inner_product_sq_norm=self.inner_products.sq_norm,
             measured_update=self._newest[0],
             measured_grad_sq_norm=self._newest[1],
@@ -430,11 +444,16 @@ class BatchSizeController:
         if self.careful:
             return self._careful_answer(m, proposal)
         size = self._clamp(proposal)
+        if size == m.batch_size < proposal and getattr(self._active, "is_test", False):
+            size = self._bounded(size + self.multiple_of, m)  # too large a step for its proposal to round to
         if size == m.batch_size:
             return _Stay()
         return Decision(size, m.batch_size, f"{m.batch_size} -> {size}: {self._words(m, size, proposal)}")
 
     def _proposal(self, policy: Policy, m: Measurement) -> float:
+        """A policy's answer; on several ranks all members of a combination answer as on rank 0."""
+        if isinstance(policy, Combined):
+            return policy.propose_with(m, self._proposal)
         proposal: object = policy.propose(m)
         try:
             own = float(proposal)  # type: ignore[arg-type]  # refused below
@@ -445,10 +464,9 @@ class BatchSizeController:
             ) from None
 
     def _careful_answer(self, m: Measurement, proposal: float) -> Decision | _Stay:
-        bounded = self._clamp(m.batch_size)
-        if bounded != m.batch_size:
-            bound = "min_batch_size" if bounded > m.batch_size else "max_batch_size"
-            return Decision(bounded, m.batch_size, f"{m.batch_size} -> {bounded}: {bound} is {bounded}")
+        size = self._bounded(m.batch_size, m)
+        if size != m.batch_size:
+            return Decision(size, m.batch_size, f"{m.batch_size} -> {size}: {self._bound_in_words(m.batch_size, size)}")
         if "noise" in self.policy_needs and not math.isfinite(m.noise_scale):
             return self._unidentified_answer(m)
         return self._evident_answer(m, proposal)
@@ -471,7 +489,7 @@ class BatchSizeController:
         """A change that time, dwell and evidence allow."""
         if "step_time" in self.policy_needs and not math.isfinite(self.step_time.predict(2 * m.batch_size)):
             return self._trial(m)
-        size = self._neighbour(m.batch_size, proposal)
+        size = self._neighbour(m, proposal)
         if size == m.batch_size:
             return self._stay_at(m, proposal)
         if self._is_new:
@@ -484,7 +502,7 @@ class BatchSizeController:
     def _without_noise_scale(self, m: Measurement) -> _Stay:
         """Nothing changes; but where a larger update costs too much, no noise scale could make it pay."""
         goodput = getattr(self._active, "goodput", None)
-        size = self._clamp(self._grid_above(m.batch_size))
+        size = self._bounded(self._grid_above(m.batch_size), m)
         if goodput is not None and size > m.batch_size:
             all_noise = replace(m, noise_scale=math.inf)
             if goodput(size, all_noise) < (1 + MIN_PROMISE) * goodput(m.batch_size, all_noise):
@@ -497,7 +515,7 @@ class BatchSizeController:
 
     def _trial(self, m: Measurement) -> Decision | _Stay:
         """A step up only to learn its time, where at most a third of its samples is wasted, whatever that is."""
-        size = self._clamp(self._grid_above(m.batch_size))
+        size = self._bounded(self._grid_above(m.batch_size), m)
         timed = math.isfinite(self.step_time.predict(m.batch_size))
         if not timed or self._is_new or size == m.batch_size or not m.batch_size <= m.interval[0]:
             return _Stay("step time", lambda: "the time of a larger update is not known yet")
@@ -521,7 +539,7 @@ class BatchSizeController:
         doubtful = replace(
             m,
             noise_scale=m.interval[0] if grows else m.interval[1],
-            inner_product_variance=self.inner_products.lower if grows else m.inner_product_variance,
+            inner_product_variance=m.inner_product_lower if grows else m.inner_product_variance,
         )
         goodput = getattr(self._active, "goodput", None)
         if goodput is None:
@@ -551,19 +569,25 @@ class BatchSizeController:
             return ""
         return f", an update of {2 * m.batch_size} takes {ratio:.2f} times as long"
 
-    def _neighbour(self, current: int, proposal: float) -> int:
+    def _bound_in_words(self, present: int, size: int) -> str:
+        """What moves the ``present`` size to ``size``."""
+        if self._clamp(present) == present:
+            return f"{type(self.policy).__name__} leaves no {'smaller' if size > present else 'larger'} size"
+        return f"{'min_batch_size' if size > present else 'max_batch_size'} is {size}"
+
+    def _neighbour(self, m: Measurement, proposal: float) -> int:
         """The next quantised size in the direction of the proposal, if the proposal is that far.
 
         Where the policy can compute a promise, the promise decides instead of the distance; where it tests the
         size, the test does.
         """
         decided = hasattr(self._active, "goodput") or getattr(self._active, "is_test", False)
-        reach = 1.0 if decided else MAX_GROWTH
+        reach, current = 1.0 if decided else MAX_GROWTH, m.batch_size
         if proposal > current:
-            size = self._clamp(self._grid_above(current))
+            size = self._bounded(self._grid_above(current), m)
             return size if proposal >= min(reach * current, size) else current
         if proposal < current:
-            size = self._clamp(self._grid_below(current))
+            size = self._bounded(self._grid_below(current), m)
             return size if proposal <= max(current / reach, size) else current
         return current
 
@@ -582,6 +606,10 @@ class BatchSizeController:
         largest = math.inf if self.max_batch_size is None else max(step, self.max_batch_size // step * step)
         smallest = math.ceil((self.min_batch_size or self.reference_batch_size or 1) / step) * step
         return int(min(smallest, largest)), largest
+
+    def _bounded(self, size: float, m: Measurement) -> int:
+        """A size within the bounds of the policy, where it has some, and of the controller."""
+        return self._clamp(bounded(self.policy, size, m.batch_size))
 
     def _clamp(self, size: float) -> int:
         smallest, largest = self._bounds
@@ -609,6 +637,7 @@ class BatchSizeController:
             "measured_run": self._measured_run,
             "noise_scale": self._last_noise_scale,
             "rate_noise_scale": self._rate_noise_scale,
+            "peak_lr": self._peak_lr,
             "newest": list(self._newest),
             "noise": [noise.state_dict() for noise in self._noises],
             "inner_products": self.inner_products.state_dict(),
@@ -649,6 +678,7 @@ class BatchSizeController:
         self._retreats = state["retreats"]
         self._measured_run = state["measured_run"]
         self._last_noise_scale, self._rate_noise_scale = state["noise_scale"], state["rate_noise_scale"]
+        self._peak_lr = state["peak_lr"]
         update, sq_norm, variance = state["newest"]
         self._newest = (update, sq_norm, variance)
         self._estimate()
@@ -753,6 +783,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "measured_run": _is_count,
     "noise_scale": lambda value: _is_number(value) and not value < 0,
     "rate_noise_scale": lambda value: _is_number(value) and not value < 0,
+    "peak_lr": _is_number,
     "noise": lambda value: isinstance(value, list) and len(value) == len(NOISE_MEMORY_FRACTIONS),
     "newest": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_number, value)),
     "pending": lambda value: isinstance(value, list),

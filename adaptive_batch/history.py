@@ -79,11 +79,13 @@ _MOST_MEASUREMENTS = 2000
 _MEASURED_COUNTS = ("update", "epoch", "samples", "batch_size", "reference_batch_size", "measured_update")
 _MEASURED_NUMBERS = (
     "lr",
+    "peak_lr",
     "loss",
     "noise_scale",
     "grad_sq_norm",
     "grad_variance",
     "inner_product_variance",
+    "inner_product_lower",
     "inner_product_sq_norm",
     "measured_grad_sq_norm",
     "measured_grad_variance",

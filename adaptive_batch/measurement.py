@@ -55,6 +55,7 @@ class Measurement:
         batch_size: ``B``, samples of this update over all ranks and micro-batches.
         reference_batch_size: ``B0``, the size that the learning rate was tuned for.
         lr: the scheduled learning rate of the first parameter group, before scaling.
+        peak_lr: for a policy, the highest such rate so far.
         loss: mean loss of the update's samples; for a policy, of all updates since it was last asked.
         seconds: wall time of the update, waiting for data included.
         peak_memory: most bytes in use during the update.
@@ -68,6 +69,7 @@ class Measurement:
         grad_variance: ``tr(Sigma)`` of one sample's gradient, smoothed and unbiased.
         interval: 95 % confidence interval of ``noise_scale``, in samples.
         inner_product_variance: variance of ``<g_i, g_B>`` over the samples' gradients ``g_i``, averaged.
+        inner_product_lower: lower end of the 95 % confidence interval of ``inner_product_variance``.
         inner_product_sq_norm: ``|g_B|^2``, averaged over the same updates as ``inner_product_variance``.
         measured_update: the newest update whose parts were measured, 0 before there is one.
         measured_grad_sq_norm: unbiased estimate of ``|G|^2`` from that update alone; often negative.
@@ -81,6 +83,7 @@ class Measurement:
     batch_size: int = 1
     reference_batch_size: int = 1
     lr: float = math.nan
+    peak_lr: float = math.nan
     loss: Number = math.nan
     seconds: SupportsFloat = math.nan
     peak_memory: float = math.nan
@@ -94,6 +97,7 @@ class Measurement:
     grad_variance: float = math.nan
     interval: tuple[float, float] = (math.nan, math.nan)
     inner_product_variance: float = math.nan
+    inner_product_lower: float = math.nan
     inner_product_sq_norm: float = math.nan
     measured_update: int = 0
     measured_grad_sq_norm: float = math.nan

@@ -179,3 +179,67 @@ class TestUnderTheController:
 
         Run(controller_of(Max(count, "norm_test")), phi=500.0).steps(600)
         assert asked == list(range(10, 601, 10))
+
+    @pytest.mark.parametrize("policy", ["norm_test", "goodput", "noise_scale"])
+    def test_no_step_passes_the_bounds_of_a_clamp(self, policy):
+        run = Run(controller_of(Clamp(policy, max_batch_size=100)), phi=5000.0).steps(400)
+        assert [d.batch_size for _, d in run.changes] == [64, 100]
+        small = Run(controller_of(Clamp(policy, max_batch_size=32)), phi=5000.0, passes=False).steps(400)
+        assert not small.changes
+
+    def test_a_size_beyond_a_clamp_is_left_at_once(self):
+        controller = controller_of(Clamp("goodput", max_batch_size=100), min_batch_size=8)
+        controller.batch_size = 128
+        decision = Run(controller, phi=5000.0).steps(40).changes[0][1]
+        assert (decision.batch_size, decision.reason) == (100, "128 -> 100: Clamp leaves no larger size")
+
+    @pytest.mark.parametrize(("fixed", "largest"), [("constant", 32), (Constant(100), 100)])
+    def test_a_measured_policy_takes_no_step_beyond_a_fixed_one(self, fixed, largest):
+        for members in (("goodput", fixed), (fixed, "goodput")):
+            run = Run(controller_of(Min(*members)), phi=5000.0, passes=False).steps(600)
+            assert max([32, *(d.batch_size for _, d in run.changes)]) == largest
+            assert len(run.changes) < 4
+
+    def test_a_policy_does_nothing_before_its_turn(self):
+        for policy in ("goodput", "noise_scale", "norm_test"):
+            run = Run(controller_of(Sequential({300: policy}, unit="updates")), phi=5000.0).steps(299)
+            assert not run.changes
+            assert run.steps(200).changes
+
+    def test_what_is_around_a_combination_changes_nothing_else(self):
+        for policy in (lambda: Max("norm_test", "constant"), lambda: Max("goodput", "constant")):
+            alone, around = (Run(controller_of(p), phi=500.0).steps(600) for p in (policy(), OnlyGrow(Clamp(policy()))))
+            assert [(u, d.batch_size) for u, d in around.changes] == [(u, d.batch_size) for u, d in alone.changes]
+            assert alone.changes
+
+    def test_on_several_ranks_every_member_answers_as_on_rank_0(self):
+        told: list[float] = []
+
+        def of_rank_0(own: float) -> float:
+            told.append(own)
+            return 40.0 if own == 8.0 else own
+
+        run = Run(controller_of(Max(lambda m: 8.0, Constant(4))))
+        run.controller.agree = of_rank_0
+        assert [d.batch_size for _, d in run.steps(10).changes] == [40]
+        assert told == [8.0, 4.0]
+
+    def test_what_is_no_size_is_refused_with_the_name_of_who_proposed_it(self):
+        def nothing(m: Measurement) -> Any:
+            return None
+
+        for policy in (Clamp(nothing), Max("constant", nothing), Sequential({0: nothing})):
+            with pytest.raises(TypeError, match="nothing proposed None, which is no batch size"):
+                Run(controller_of(policy)).steps(10)
+
+
+def test_the_automatic_rule_is_what_the_members_agree_on():
+    class Linear:
+        auto_lr_scaling = "linear"
+
+        def propose(self, m: Measurement) -> float:
+            return 64.0
+
+    assert [p.auto_lr_scaling for p in (Max(Linear()), Clamp(Linear()), Min(Linear(), "goodput"))] == ["linear"] * 3
+    assert Max(Linear(), "plateau").auto_lr_scaling == "none"
+    assert not hasattr(Max("goodput", "constant"), "auto_lr_scaling")

@@ -11,13 +11,16 @@ import pytest
 import torch
 from test_policies import measurement
 
+from adaptive_batch import BatchSizeController
 from adaptive_batch.policies import (
     CABS,
     BigBatch,
     GradientDiversity,
+    InnerProductTest,
     LossProportional,
     NormTest,
     Plateau,
+    Sequential,
     is_measured,
 )
 
@@ -259,3 +262,55 @@ def test_a_state_is_plain_checked_and_goes_on(make):
         with pytest.raises(ValueError, match="not the state"):
             one.load_state_dict(wrong)
     assert one.state_dict() == before
+
+
+def test_a_loss_that_reaches_zero_asks_for_the_largest_size():
+    controller = BatchSizeController(
+        "loss_proportional", lr_scaling="none", reference_batch_size=32, max_batch_size=512, adjust_every=1000
+    )
+    for update in range(1, 20_001):
+        loss = 1.0 if update <= 10 else 0.0
+        controller.observe(measurement(update=update, loss=loss))
+    assert controller.batch_size == 512
+
+
+def test_plateaus_without_end_ask_for_the_largest_size():
+    controller = BatchSizeController(
+        Plateau(patience=0, every=1, unit="epochs"), lr_scaling="none", reference_batch_size=32, max_batch_size=512
+    )
+    for update in range(1, 12_001):
+        controller.observe(measurement(update=update, epoch=update // 10, samples=32 * update, loss=1.0))
+    assert controller.batch_size == 512
+
+
+def test_a_plateau_policy_whose_turn_comes_late_weighs_its_first_loss_like_the_others():
+    def grown(policy: Any) -> list[int]:
+        found = []
+        for step in range(400):
+            epoch, loss = step // 20, 0.97 ** (step // 20) * (0.8 if step == 100 else 1.0)
+            at = {"update": 10 * (step + 1), "epoch": epoch, "samples": 320 * (step + 1)}
+            if policy.propose(measurement(**at, loss=loss)) > 32:
+                found.append(epoch)
+        return found
+
+    stages: dict[int, Any] = {0: "constant", 5: Plateau(patience=3)}
+    assert grown(Plateau(patience=3)) == grown(Sequential(stages)) == []
+
+
+@pytest.mark.parametrize(("size", "multiple"), [(16, 4), (8, 2), (20, 4)])
+def test_a_failed_test_adds_at_least_what_is_accumulated(size, multiple):
+    controller = BatchSizeController("big_batch", lr_scaling="none", reference_batch_size=size, multiple_of=multiple)
+    sizes = []
+    for update in range(1, 101):
+        present = controller.batch_size or size
+        parts = {"part_sq_norms": [2.0, 2.0], "part_sizes": [present // 2, present - present // 2], "sq_norm": 0.5}
+        controller.observe(measurement(update=update, batch_size=present, reference_batch_size=size, **parts))
+        sizes.append(controller.batch_size or size)
+    assert sizes[9] == size + multiple
+    assert sizes[-1] >= size + 10 * multiple and not any(s % multiple for s in sizes)
+
+
+def test_without_the_variance_across_the_gradient_the_augmented_test_keeps_the_size():
+    m = measurement(inner_product_variance=1e6, inner_product_sq_norm=1.0, grad_variance=math.nan)
+    assert InnerProductTest().propose(m) == 32.0
+    assert InnerProductTest(nu=None).propose(m) > 32.0

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+import pickle
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -356,3 +358,90 @@ def test_what_is_no_policy_is_refused(policy):
 def test_only_built_in_policies_that_measure_count_as_measured():
     assert is_measured(Goodput()) and is_measured(NoiseScale())
     assert not is_measured(Constant()) and not is_measured(Milestones({1: 2}))
+
+
+WRONG: Any = "a"
+"""What is no number and no mapping."""
+ENDLESS: Any = math.inf
+NOTHING: Any = []
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: Constant(WRONG), "batch_size"),
+        (lambda: Milestones({0: WRONG}), "milestones"),
+        (lambda: Milestones({WRONG: 64}), "position"),
+        (lambda: NormTest(WRONG), "theta"),
+        (lambda: InnerProductTest(WRONG), "theta"),
+        (lambda: BigBatch(WRONG), "delta"),
+        (lambda: CABS(WRONG), "c"),
+        (lambda: CABS(smoothing=WRONG), "smoothing"),
+        (lambda: GradientDiversity(WRONG), "delta"),
+        (lambda: LossProportional(WRONG), "minimum"),
+        (lambda: LossProportional(initial_loss=WRONG), "initial_loss"),
+        (lambda: Plateau(WRONG), "factor"),
+        (lambda: Plateau(threshold=WRONG), "threshold"),
+        (lambda: CriticalBatchWarmup({0: WRONG}), "critical"),
+        (lambda: GeometricGrowth(WRONG), "factor"),
+        (lambda: GeometricGrowth(every=WRONG), "every"),
+        (lambda: GeometricGrowth(start=WRONG), "start"),
+        (lambda: LinearRamp(None, WRONG, 3), "end"),
+        (lambda: DontDecay(WRONG), "step"),
+        (lambda: NoiseScale(WRONG), "multiplier"),
+        (lambda: NoiseScale(overhead_ratio=NOTHING), "overhead_ratio"),
+        (lambda: Clamp("constant", max_batch_size=WRONG), "max_batch_size"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(make, name):
+    with pytest.raises(ValueError, match=f"{name}.*is not a number: pass one"):
+        make()
+
+
+@pytest.mark.parametrize("make", [lambda: Milestones(WRONG), lambda: Sequential(WRONG)])
+def test_what_is_no_mapping_is_refused(make):
+    with pytest.raises(ValueError, match="is no mapping: pass a dict of positions"):
+        make()
+
+
+def test_sizes_without_end_and_parts_of_epochs_are_refused():
+    for make in (
+        lambda: Constant(ENDLESS),
+        lambda: Milestones({0: ENDLESS}),
+        lambda: Clamp("constant", min_batch_size=math.inf),
+        lambda: GeometricGrowth(2.0, 0.5),
+        lambda: LinearRamp(None, 64, 0.5, unit="epochs"),
+        lambda: Plateau(every=0.5),
+    ):
+        with pytest.raises(ValueError, match=r"pass|use"):
+            make()
+
+
+def test_needs_as_a_string_are_refused():
+    class Reads:
+        needs = "noise"
+
+        def propose(self, m: Measurement) -> float:
+            return 1.0
+
+    def function(m: Measurement) -> float:
+        return 1.0
+
+    function.needs = "noise"  # type: ignore[attr-defined]
+    for policy in (Reads(), function):
+        with pytest.raises(TypeError, match=r"make it a set, \{'noise'\}"):
+            resolve_policy(policy)
+
+
+def test_numbers_of_other_packages_count_as_numbers():
+    m = measurement(noise_scale=800.0)
+    assert NoiseScale(overhead_ratio=np.int64(50)).propose(m) == NoiseScale(overhead_ratio=50).propose(m) == 200.0  # type: ignore[arg-type]
+    policy = LossProportional(initial_loss=np.float32(2.0))  # type: ignore[arg-type]
+    policy.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    assert policy.propose(measurement(update=1, loss=1.0)) == 64.0
+
+
+def test_every_policy_with_arguments_can_be_sent_to_another_process():
+    policy = CriticalBatchWarmup({0: 100, 50_000: 300})
+    m = measurement(samples=60_000, batch_size=64)
+    assert pickle.loads(pickle.dumps(policy)).propose(m) == policy.propose(m) == 128.0

@@ -14,7 +14,7 @@ from torch import nn
 
 from adaptive_batch import BatchSizeController, History, MiniBatchTrainer, Update, replay
 from adaptive_batch.callbacks import AdaptiveBatchSize
-from adaptive_batch.policies import CABS, BigBatch, DontDecay, GeometricGrowth, NormTest, Plateau
+from adaptive_batch.policies import CABS, BigBatch, DontDecay, GeometricGrowth, InnerProductTest, NormTest, Plateau
 
 
 def recorded(policy: Any, updates: int = 1500, **options: Any) -> tuple[History, Run]:
@@ -28,7 +28,10 @@ def recorded(policy: Any, updates: int = 1500, **options: Any) -> tuple[History,
     return history, run
 
 
-@pytest.mark.parametrize("policy", ["noise_scale", "norm_test", BigBatch(), GeometricGrowth(2.0, 300, unit="updates")])
+@pytest.mark.parametrize(
+    "policy",
+    ["noise_scale", "norm_test", InnerProductTest(0.05, 0.05), BigBatch(), GeometricGrowth(2.0, 300, unit="updates")],
+)
 def test_the_policy_of_the_run_decides_as_it_did(policy):
     history, run = recorded(policy, phi=200.0)
     fresh = BigBatch() if isinstance(policy, BigBatch) else policy

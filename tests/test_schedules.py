@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 from test_policies import measurement
 
+from adaptive_batch import BatchSizeController, History, replay
 from adaptive_batch.measurement import Measurement
-from adaptive_batch.policies import CriticalBatchWarmup, DontDecay, GeometricGrowth, LinearRamp, Seesaw, is_measured
+from adaptive_batch.policies import (
+    Clamp,
+    CriticalBatchWarmup,
+    DontDecay,
+    GeometricGrowth,
+    LinearRamp,
+    Seesaw,
+    is_measured,
+)
 
 UNITS = [("epochs", "epoch"), ("updates", "update"), ("samples", "samples")]
 
@@ -29,8 +38,11 @@ def test_geometric_growth_from_a_start_of_its_own_and_downwards():
     assert [policy.propose(measurement(epoch=epoch)) for epoch in range(3)] == [100.0, 50.0, 25.0]
 
 
-def test_geometric_growth_beyond_all_numbers_is_not_finite():
-    assert GeometricGrowth(1e9, every=1).propose(measurement(epoch=100)) == math.inf
+def test_growth_beyond_all_numbers_is_still_a_size_that_bounds_can_hold():
+    proposal = GeometricGrowth(1e9, every=1).propose(measurement(epoch=100))
+    assert 1e15 < proposal < math.inf
+    clamped = Clamp(GeometricGrowth(1e9, every=1), max_batch_size=512)
+    assert clamped.propose(measurement(epoch=100)) == 512.0
 
 
 @pytest.mark.parametrize(("unit", "field"), UNITS)
@@ -192,3 +204,27 @@ def test_schedules_are_not_measured():
         Seesaw(),
     ]
     assert not any(map(is_measured, policies))
+
+
+@pytest.mark.parametrize("policy", ["dont_decay", "seesaw"])
+def test_a_peak_between_two_decisions_counts(policy):
+    controller = BatchSizeController(policy, lr_scaling="none", reference_batch_size=32)
+    for update in range(1, 21):
+        lr = 0.1 if update <= 7 else 0.01
+        controller.observe(Measurement(update=update, batch_size=32, reference_batch_size=32, loss=1.0, lr=lr))
+    assert controller.batch_size == 320
+    history = History()
+    again = BatchSizeController(policy, lr_scaling="none", reference_batch_size=32)
+    again.record = history.measurements.append
+    for update in range(1, 21):
+        lr = 0.1 if update <= 7 else 0.01
+        again.observe(Measurement(update=update, batch_size=32, reference_batch_size=32, loss=1.0, lr=lr))
+    assert [change.batch_size for change in replay(history, policy)] == [320]
+
+
+def test_a_warm_up_from_zero_has_a_reason_too():
+    for options in ({"min_batch_size": 64}, {"quantize": True}):
+        controller = BatchSizeController("dont_decay", lr_scaling="none", reference_batch_size=32, **options)
+        for update in range(1, 31):
+            controller.observe(Measurement(update=update, batch_size=32, reference_batch_size=32, loss=1.0, lr=0.0))
+        assert controller.batch_size == options.get("min_batch_size", 32)

@@ -8,6 +8,7 @@ from typing import Any
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _state
+from adaptive_batch.policies._arguments import number
 
 
 class LossAverage:
@@ -61,6 +62,7 @@ def check_decay(decay: float) -> float:
     Raises:
         ValueError: if it is not in [0, 1).
     """
+    decay = number("smoothing", decay)
     if not 0 <= decay < 1:
         raise ValueError(f"smoothing={decay} is no decay of an average: pass one in [0, 1).")
-    return decay
+    return float(decay)

@@ -8,6 +8,7 @@ from typing import Any
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _state
+from adaptive_batch.policies._arguments import number
 
 
 class BigBatch:
@@ -35,8 +36,10 @@ class BigBatch:
 
     name = "big_batch"
     needs: frozenset[str] = frozenset({"variance"})
+    is_test = True
 
     def __init__(self, delta: float = 0.1, *, theta: float = 1.0) -> None:
+        delta, theta = number("delta", delta), number("theta", theta)
         if not 0 < delta < math.inf:
             raise ValueError(f"delta={delta} is no growth: pass a positive fraction.")
         if not 0 < theta <= 1:

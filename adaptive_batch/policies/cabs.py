@@ -8,7 +8,9 @@ from typing import Any
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _words
+from adaptive_batch.policies._arguments import number
 from adaptive_batch.policies._loss_average import LossAverage, check_decay
+from adaptive_batch.policies._size import LARGEST
 
 
 class CABS:
@@ -37,6 +39,7 @@ class CABS:
     needs: frozenset[str] = frozenset({"variance"})
 
     def __init__(self, c: float = 1.0, *, smoothing: float = 0.95) -> None:
+        c = number("c", c)
         if not 0 < c < math.inf:
             raise ValueError(f"c={c} gives no size: pass a positive number.")
         self.c = c
@@ -48,7 +51,7 @@ class CABS:
         variance, loss = measurement.grad_variance, self._loss.mean
         if not (variance > 0 and loss > 0 and measurement.lr > 0):
             return float(measurement.batch_size)
-        return self.c * measurement.lr * variance / loss
+        return min(self.c * measurement.lr * variance / loss, LARGEST)
 
     def lr_factor(self, batch_size: float, reference_batch_size: float, lr: float = math.nan) -> float:
         """Returns 1: the size follows the learning rate, which stays as it is."""

@@ -8,23 +8,31 @@ from typing import Any
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _state
+from adaptive_batch.policies._arguments import check_mapping, number
 from adaptive_batch.policies._position import check_start, check_unit, position
+from adaptive_batch.policies.combined import Answer, Combined, is_measured
+from adaptive_batch.policies.constant import Constant
 from adaptive_batch.policies.resolve import Policy, resolve_policy
 
 AnyPolicy = str | Policy | Callable[[Measurement], float]
 """What a policy can be given as."""
 
 
-class Around:
+class Around(Combined):
     """A policy around one other, which it is in all but its proposal: needs, reason, state, evidence."""
 
     def __init__(self, policy: AnyPolicy) -> None:
-        self.policy = resolve_policy(policy)
+        self.policy = self.chosen = resolve_policy(policy)
 
     def __getattr__(self, name: str) -> Any:
         if name == "policy" or name.startswith("__"):  # not there yet, as while it is copied
             raise AttributeError(name)
         return getattr(self.policy, name)
+
+    def propose_with(self, measurement: Measurement, answer: Answer) -> float:
+        """Returns what is left of the policy's proposal."""
+        proposal = answer(self.policy, measurement)
+        return self.bounded(proposal, measurement.batch_size) if math.isfinite(proposal) else proposal
 
 
 class Clamp(Around):
@@ -43,20 +51,19 @@ class Clamp(Around):
         self, policy: AnyPolicy, *, min_batch_size: float | None = None, max_batch_size: float | None = None
     ) -> None:
         super().__init__(policy)
-        smallest = 1 if min_batch_size is None else min_batch_size
-        largest = math.inf if max_batch_size is None else max_batch_size
-        if not 1 <= smallest <= largest:
+        smallest = 1 if min_batch_size is None else number("min_batch_size", min_batch_size)
+        largest = math.inf if max_batch_size is None else number("max_batch_size", max_batch_size)
+        if not 1 <= smallest <= largest or math.isinf(smallest):
             raise ValueError(
                 f"min_batch_size={min_batch_size} and max_batch_size={max_batch_size} leave no size: "
                 "pass bounds of at least 1 sample, the smaller one first."
             )
         self._bounds = (float(smallest), float(largest))
 
-    def propose(self, measurement: Measurement) -> float:
-        """Returns the policy's proposal, or the bound that it passes."""
+    def bounded(self, batch_size: float, present: int) -> float:
+        """Returns ``batch_size``, or the bound that it passes."""
         smallest, largest = self._bounds
-        proposal = float(self.policy.propose(measurement))
-        return min(max(proposal, smallest), largest) if math.isfinite(proposal) else proposal
+        return min(max(batch_size, smallest), largest)
 
 
 class OnlyGrow(Around):
@@ -66,19 +73,18 @@ class OnlyGrow(Around):
         policy: a name, a policy or a function.
     """
 
-    def propose(self, measurement: Measurement) -> float:
-        """Returns the larger of the policy's proposal and the present size."""
-        proposal = float(self.policy.propose(measurement))
-        return max(proposal, float(measurement.batch_size)) if math.isfinite(proposal) else proposal
+    def bounded(self, batch_size: float, present: int) -> float:
+        """Returns the larger of ``batch_size`` and the present one."""
+        return max(batch_size, float(present))
 
 
-class Among:
+class Among(Combined):
     """A policy that takes each proposal from one of several, which is also the one that answers for it.
 
     Attributes:
         members: the policies.
         chosen: the one whose proposal the last one was.
-        auto_lr_scaling: ``"none"`` where the batch grows in place of a decay in any of them.
+        auto_lr_scaling: the rule that those who name one agree on, ``"none"`` where they do not; absent without any.
     """
 
     name: str
@@ -94,8 +100,9 @@ class Among:
                 f"several in {type(self).__name__}: use it alone, or in Clamp or OnlyGrow."
             )
         self.needs: frozenset[str] = frozenset().union(*(getattr(member, "needs", ()) for member in self.members))
-        if any(hasattr(member, "auto_lr_scaling") for member in self.members):
-            self.auto_lr_scaling = "none"
+        rules = {member.auto_lr_scaling for member in self.members if hasattr(member, "auto_lr_scaling")}
+        if rules:
+            self.auto_lr_scaling: str = rules.pop() if len(rules) == 1 else "none"
         self.chosen = self.members[0]
 
     def reason(self, measurement: Measurement, batch_size: int) -> str:
@@ -137,14 +144,20 @@ class _Extreme(Among):
 
     def __init__(self, *policies: AnyPolicy) -> None:
         super().__init__(policies)
+        self._fixed: list[float] = []  # proposals of the others that need no evidence
 
-    def propose(self, measurement: Measurement) -> float:
+    def propose_with(self, measurement: Measurement, answer: Answer) -> float:
         """Returns the extreme proposal; those that are not finite do not count."""
-        proposals = [float(member.propose(measurement)) for member in self.members]
+        proposals = [answer(member, measurement) for member in self.members]
         finite = [(self.sign * size, -i) for i, size in enumerate(proposals) if math.isfinite(size)]
         index = -max(finite)[1] if finite else 0
         self.chosen = self.members[index]
+        self._fixed = [proposals[-i] for _, i in finite if -i != index and not is_measured(self.members[-i])]
         return proposals[index]
+
+    def bounded(self, batch_size: float, present: int) -> float:
+        """Returns the extreme of ``batch_size`` and what the others want that need no evidence."""
+        return self.sign * max(self.sign * size for size in (batch_size, *self._fixed))
 
 
 class Max(_Extreme):
@@ -195,15 +208,24 @@ class Sequential(Among):
 
     def __init__(self, stages: Mapping[int, AnyPolicy] | Mapping[float, AnyPolicy], *, unit: str = "epochs") -> None:
         self.unit = check_unit(unit, "Sequential")
+        check_mapping("stages", stages)
         for start in stages:
             check_start(start, unit, "Sequential")
         ordered = sorted(stages.items(), key=lambda stage: stage[0])
         super().__init__([policy for _, policy in ordered])
         self._starts = [start for start, _ in ordered]
+        self._before = Constant()
+        self.chosen = self._at(0)
 
-    def propose(self, measurement: Measurement) -> float:
+    def _at(self, position: float) -> Policy:
+        turn = sum(start <= position for start in self._starts)
+        return self.members[turn - 1] if turn else self._before
+
+    def propose_with(self, measurement: Measurement, answer: Answer) -> float:
         """Returns the proposal of the policy whose turn it is; the reference size before the first one's."""
-        now = position(measurement, self.unit)
-        turn = sum(start <= now for start in self._starts)
-        self.chosen = self.members[max(turn - 1, 0)]
-        return float(self.chosen.propose(measurement)) if turn else float(measurement.reference_batch_size)
+        self.chosen = self._at(position(measurement, self.unit))
+        return answer(self.chosen, measurement)
+
+    def bounded(self, batch_size: float, present: int) -> float:
+        """Returns ``batch_size``: it is the chosen policy's turn."""
+        return batch_size

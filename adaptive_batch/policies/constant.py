@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from adaptive_batch.measurement import Measurement
+from adaptive_batch.policies._arguments import number
 
 
 class Constant:
@@ -19,8 +22,9 @@ class Constant:
     needs: frozenset[str] = frozenset()
 
     def __init__(self, batch_size: int | None = None) -> None:
-        if batch_size is not None and not batch_size >= 1:
-            raise ValueError(f"batch_size={batch_size} is below 1 sample: pass a size, or None for the reference.")
+        batch_size = None if batch_size is None else number("batch_size", batch_size)
+        if batch_size is not None and not 1 <= batch_size < math.inf:
+            raise ValueError(f"batch_size={batch_size} is no batch size: pass at least 1 sample, or None.")
         self.batch_size = batch_size
 
     def propose(self, measurement: Measurement) -> float:

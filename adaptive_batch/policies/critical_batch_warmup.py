@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _words
+from adaptive_batch.policies._arguments import number
 from adaptive_batch.policies._position import check_start, check_unit, position
 
 
@@ -71,7 +73,10 @@ def _steps(points: Mapping[float, float], unit: str) -> Callable[[float], float]
         raise ValueError("critical is empty: give at least one position and its critical batch size.")
     for start, size in points.items():
         check_start(start, unit, "critical")
-        if not 0 < size < math.inf:
+        if not 0 < number("critical", size) < math.inf:
             raise ValueError(f"critical has the size {size} at {start}: pass a positive finite number.")
-    ordered = sorted(points.items())
-    return lambda now: next((size for start, size in reversed(ordered) if start <= now), 0.0)
+    return partial(_last, sorted(points.items(), reverse=True))
+
+
+def _last(points: list[tuple[float, float]], now: float) -> float:
+    return next((size for start, size in points if start <= now), 0.0)

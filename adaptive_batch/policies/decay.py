@@ -8,6 +8,7 @@ from typing import Any
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _state
+from adaptive_batch.policies._arguments import number
 
 
 class _InPlaceOfDecay:
@@ -23,6 +24,7 @@ class _InPlaceOfDecay:
     power: float
 
     def __init__(self, step: float = 1.1) -> None:
+        step = number("step", step)
         if not 1 <= step < math.inf:
             raise ValueError(f"step={step} is no growth of a batch: pass 1 or more.")
         self.step = step
@@ -33,7 +35,7 @@ class _InPlaceOfDecay:
         lr, size = measurement.lr, float(measurement.batch_size)
         if not 0 < lr < math.inf:
             return size
-        self._peak = max(self._peak, lr)
+        self._peak = max(self._peak, lr, measurement.peak_lr if measurement.peak_lr < math.inf else lr)
         wanted = measurement.reference_batch_size * (self._peak / lr)
         return size if 1 / self.step < wanted / size < self.step else wanted
 
@@ -50,7 +52,8 @@ class _InPlaceOfDecay:
 
     def reason(self, measurement: Measurement, batch_size: int) -> str:
         """Says how far the schedule has decayed, such as "the schedule has the rate at 0.2 of its peak"."""
-        return f"the schedule has the learning rate at {measurement.lr / self._peak:.3g} of its peak"
+        share = measurement.lr / self._peak if self._peak else 0.0
+        return f"the schedule has the learning rate at {share:.3g} of its peak"
 
     def state_dict(self) -> dict[str, Any]:
         """The highest rate so far."""

@@ -6,6 +6,7 @@ import math
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _words
+from adaptive_batch.policies._arguments import number
 
 
 class GradientDiversity:
@@ -33,6 +34,7 @@ class GradientDiversity:
     needs: frozenset[str] = frozenset({"noise"})
 
     def __init__(self, delta: float = 0.1) -> None:
+        delta = number("delta", delta)
         if not 0 < delta < math.inf:
             raise ValueError(f"delta={delta} gives no size: pass a positive number.")
         self.delta = delta

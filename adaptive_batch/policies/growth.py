@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 from adaptive_batch.measurement import Measurement
+from adaptive_batch.policies._arguments import number
 from adaptive_batch.policies._position import check_length, check_unit, position
+from adaptive_batch.policies._size import grown
 
 
 class GeometricGrowth:
@@ -31,20 +33,18 @@ class GeometricGrowth:
     def __init__(
         self, factor: float = 2.0, every: float = 20, *, unit: str = "epochs", start: int | None = None
     ) -> None:
+        factor = number("factor", factor)
         if not 0 < factor < math.inf:
             raise ValueError(f"factor={factor} gives no size: pass a positive number.")
         self.factor = factor
-        self.every = check_length("every", every)
         self.unit = check_unit(unit, "GeometricGrowth")
+        self.every = check_length("every", every, unit)
         self.start = _check_size("start", start)
 
     def propose(self, measurement: Measurement) -> float:
         """Returns the size of the present interval."""
         size = measurement.reference_batch_size if self.start is None else self.start
-        try:
-            return float(size * self.factor ** self._interval(measurement))
-        except OverflowError:
-            return math.inf
+        return grown(size, self.factor, self._interval(measurement))
 
     def _interval(self, measurement: Measurement) -> int:
         return math.floor(position(measurement, self.unit) / self.every)
@@ -75,12 +75,13 @@ class LinearRamp:
     needs: frozenset[str] = frozenset()
 
     def __init__(self, start: int | None, end: int, over: float, *, unit: str = "samples") -> None:
+        end = number("end", end)
         if not 1 <= end < math.inf:
             raise ValueError(f"end={end} is no batch size: pass at least 1 sample.")
         self.end = end
-        self.over = check_length("over", over)
-        self.start = _check_size("start", start)
         self.unit = check_unit(unit, "LinearRamp")
+        self.over = check_length("over", over, unit)
+        self.start = _check_size("start", start)
 
     def propose(self, measurement: Measurement) -> float:
         """Returns the size at this point of the ramp."""
@@ -96,6 +97,7 @@ class LinearRamp:
 
 
 def _check_size(name: str, size: int | None) -> int | None:
+    size = None if size is None else number(name, size)
     if size is not None and not 1 <= size < math.inf:
         raise ValueError(f"{name}={size} is no batch size: pass at least 1 sample, or None for the reference.")
     return size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from adaptive_batch.measurement import Measurement
+from adaptive_batch.policies._arguments import number
 
 
 class InnerProductTest:
@@ -42,11 +43,8 @@ class InnerProductTest:
     is_test = True
 
     def __init__(self, theta: float = 0.9, nu: float | None = 5.84) -> None:
-        for name, value in (("theta", theta), ("nu", nu)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} gives no size: pass a positive number.")
-        self.theta = theta
-        self.nu = nu
+        self.theta = _positive("theta", theta)
+        self.nu = None if nu is None else _positive("nu", nu)
 
     def propose(self, measurement: Measurement) -> float:
         """Returns ``B'``; the present size where both tests are passed or something is not known."""
@@ -60,8 +58,10 @@ class InnerProductTest:
         if not (sq_norm > 0 and m.inner_product_variance >= 0):
             return math.nan, math.nan
         along = m.inner_product_variance / (self.theta * sq_norm) ** 2
-        rest = max(0.0, m.grad_variance - m.inner_product_variance / sq_norm)
-        return along, 0.0 if self.nu is None else rest / (self.nu**2 * sq_norm)
+        if self.nu is None:
+            return along, 0.0
+        rest = m.grad_variance - m.inner_product_variance / sq_norm
+        return (math.nan, math.nan) if math.isnan(rest) else (along, max(0.0, rest) / (self.nu**2 * sq_norm))
 
     def reason(self, measurement: Measurement, batch_size: int) -> str:
         """Says what the tests ask for, such as "inner-product test asks for 93, orthogonality test for 12"."""
@@ -70,3 +70,10 @@ class InnerProductTest:
             return "inner products not known: they take 16 updates measured in two parts"
         words = f"inner-product test asks for {math.ceil(along)}"
         return words if self.nu is None else f"{words}, orthogonality test for {math.ceil(across)}"
+
+
+def _positive(name: str, value: float) -> float:
+    value = number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value} gives no size: pass a positive number.")
+    return value

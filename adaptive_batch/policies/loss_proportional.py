@@ -8,7 +8,9 @@ from typing import Any
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _state
+from adaptive_batch.policies._arguments import number
 from adaptive_batch.policies._loss_average import LossAverage, check_decay
+from adaptive_batch.policies._size import LARGEST
 
 
 class LossProportional:
@@ -39,12 +41,14 @@ class LossProportional:
     auto_lr_scaling = "none"
 
     def __init__(self, minimum: float = 0.0, *, initial_loss: float | None = None, smoothing: float = 0.95) -> None:
+        minimum = number("minimum", minimum)
         if not math.isfinite(minimum):
             raise ValueError(f"minimum={minimum} is no loss: pass the least loss that there can be.")
-        if initial_loss is not None and not minimum < initial_loss < math.inf:
+        initial = math.nan if initial_loss is None else number("initial_loss", initial_loss)
+        if initial_loss is not None and not minimum < initial < math.inf:
             raise ValueError(f"initial_loss={initial_loss} is not above minimum={minimum}: swap or correct them.")
         self.minimum = minimum
-        self._initial = math.nan if initial_loss is None else initial_loss
+        self._initial = initial
         self._loss = LossAverage(check_decay(smoothing))
 
     def propose(self, measurement: Measurement) -> float:
@@ -56,7 +60,7 @@ class LossProportional:
         if not (loss > self.minimum and self._initial > self.minimum):
             return float(measurement.batch_size)
         excess = (self._initial - self.minimum) / (loss - self.minimum)
-        return float(math.ceil(measurement.reference_batch_size * excess - 1e-9))
+        return float(math.ceil(min(measurement.reference_batch_size * excess, LARGEST) - 1e-9))
 
     def reason(self, measurement: Measurement, batch_size: int) -> str:
         """Says how far the loss has fallen, such as "loss 0.31, 2.3 at the start"."""

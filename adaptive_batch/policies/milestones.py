@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from adaptive_batch.measurement import Measurement
+from adaptive_batch.policies._arguments import check_mapping, number
 from adaptive_batch.policies._position import check_start, check_unit, position
 
 
@@ -35,11 +37,12 @@ class Milestones:
 
     def __init__(self, milestones: Mapping[int, int] | Mapping[float, int], *, unit: str = "epochs") -> None:
         self.unit = check_unit(unit, "milestones")
+        check_mapping("milestones", milestones)
         if not milestones:
             raise ValueError("milestones is empty: give at least one position and its batch size.")
         for start, size in milestones.items():
             check_start(start, unit, "milestones")
-            if not size >= 1:
+            if not 1 <= number("milestones", size) < math.inf:
                 raise ValueError(f"milestones has the size {size} at {start}: pass at least 1 sample.")
         self.milestones = dict(sorted(milestones.items()))
 

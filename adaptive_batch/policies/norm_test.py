@@ -6,6 +6,7 @@ import math
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _words
+from adaptive_batch.policies._arguments import number
 
 
 class NormTest:
@@ -42,6 +43,7 @@ class NormTest:
     is_test = True
 
     def __init__(self, theta: float = 0.5) -> None:
+        theta = number("theta", theta)
         if not 0 < theta < 1:
             raise ValueError(f"theta={theta} is not a relative error that a test can ask for: pass one in (0, 1).")
         self.theta = theta

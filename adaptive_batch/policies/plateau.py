@@ -8,7 +8,9 @@ from typing import Any
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _state
+from adaptive_batch.policies._arguments import number
 from adaptive_batch.policies._position import check_length, check_unit, position
+from adaptive_batch.policies._size import grown
 
 
 class Plateau:
@@ -47,6 +49,7 @@ class Plateau:
         every: float = 1,
         unit: str = "epochs",
     ) -> None:
+        factor, threshold = number("factor", factor), number("threshold", threshold)
         if not 1 < factor < math.inf:
             raise ValueError(f"factor={factor} does not grow the batch: pass one above 1.")
         if not _state.is_count(patience):
@@ -56,8 +59,8 @@ class Plateau:
         self.factor = factor
         self.patience = patience
         self.threshold = threshold
-        self.every = check_length("every", every)
         self.unit = check_unit(unit, "Plateau")
+        self.every = check_length("every", every, unit)
         self._window = self._seen = self._bad = self._plateaus = 0
         self._sum = self._samples = 0.0
         self._best = math.inf
@@ -66,14 +69,16 @@ class Plateau:
         """Returns ``B0 factor^n``."""
         if measurement.samples > self._seen:
             self._take(measurement)
-        return float(measurement.reference_batch_size * self.factor**self._plateaus)
+        return grown(measurement.reference_batch_size, self.factor, self._plateaus)
 
     def _take(self, measurement: Measurement) -> None:
         window = math.floor(position(measurement, self.unit) / self.every)
         if window != self._window:
             self._close()
             self._window = window
-        weight, loss = measurement.samples - self._seen, float(measurement.loss)
+        # What it was not asked about, as in a later stage of Sequential, is not its first loss's.
+        since = self._seen or measurement.samples - measurement.batch_size
+        weight, loss = measurement.samples - since, float(measurement.loss)
         self._seen = measurement.samples
         if math.isfinite(loss):
             self._sum += weight * loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies.big_batch import BigBatch
@@ -55,7 +55,7 @@ class FunctionPolicy:
 
     def __init__(self, function: Callable[[Measurement], float]) -> None:
         self.name: str = getattr(function, "__name__", type(function).__name__)
-        self.needs: frozenset[str] = frozenset(getattr(function, "needs", ()))
+        self.needs: frozenset[str] = frozenset(_a_set(function, getattr(function, "needs", ())))
         self._function = function
 
     def propose(self, measurement: Measurement) -> float:
@@ -114,13 +114,20 @@ def resolve_policy(policy: str | Policy | Callable[[Measurement], float]) -> Pol
         raise TypeError(
             f"policy={policy!r} is not a policy: pass a name, an object with a propose method, or a function."
         )
-    unknown = sorted(set(getattr(found, "needs", ())).difference(_STATISTICS))
+    unknown = sorted(set(_a_set(policy, getattr(found, "needs", ()))).difference(_STATISTICS))
     if unknown:
         *most, last = _STATISTICS
         raise ValueError(
             f"policy={policy!r} needs {unknown}, which nothing measures: its needs can be {', '.join(most)} and {last}."
         )
     return found
+
+
+def _a_set(policy: object, needs: Any) -> Any:
+    """``needs``; a string would be taken for the set of its letters."""
+    if isinstance(needs, str):
+        raise TypeError(f"policy={policy!r} has needs={needs!r}: make it a set, {{{needs!r}}}.")
+    return needs
 
 
 def _named(name: str) -> Policy:
