@@ -32,7 +32,7 @@ ones wait, in proportion to the square of its quantile.
 
 _NOT_KNOWN = (math.nan, math.nan)
 
-_STATE = {"memory", "blocks", "decay", "total", "since", "measurements", "skipped"}
+_STATE = {"memory", "blocks", "decay", "total", "gap", "measurements", "skipped"}
 
 _FINENESS = 2 * MAX_BLOCKS
 """A block is closed once it has one part in so many of all weight, so that a long run closes one now and then."""
@@ -52,12 +52,12 @@ class GradientNoiseScale:
 
     and the noise scale is the ratio of the averages, never an average of ratios. Where all updates are measured the
     second average is that of the usual two-batch estimates of ``|G|^2``; where few are, the many norms make it
-    more exact, by far if ``tr(Sigma)`` comes from the norms of single examples.
+    more exact, by far if ``tr(Sigma)`` comes from the norms of single examples. A measured ``tr(Sigma)`` stands for
+    the updates since the one before, each of its own ``B``: small ones, such as the tails of epochs, are noisier.
 
-    A measurement weighs ``1 - exp(-samples / memory)``, close to proportional to the samples it stands for (those
-    since the last one of its kind), and decays by ``exp(-samples / memory)``: the averages look back over the same
-    stretch of data whatever the batch size. They are divided by the sum of their weights, so that the first
-    update's average is the first update's estimate.
+    An update weighs ``1 - exp(-samples / memory)``, close to proportional to its samples, and decays by
+    ``exp(-samples / memory)``: the averages look back over the same stretch of data whatever the batch size. They are
+    divided by the sum of their weights, so that the first update's average is the first update's estimate.
 
     The interval is Fieller's for a ratio of means, from the jackknife over some 64 blocks of consecutive updates;
     when there are too many, those neighbours that weigh least together become one.
@@ -101,12 +101,12 @@ class GradientNoiseScale:
 
     def reset(self) -> None:
         """Forget all measurements; ``memory`` stays."""
-        # Oldest first: sums over the updates of a block of the weight, |g_B|^2 times the weight, and of its measured
-        # updates the weight, and tr(Sigma) / B and tr(Sigma) times the weight. The weights have yet to decay.
+        # Oldest first: sums over the updates of a block of the weight, |g_B|^2 times the weight, and over those that
+        # its measured ones stand for the weight, tr(Sigma) / B and tr(Sigma) times it. The weights have yet to decay.
         self._blocks: list[list[float]] = [[0.0] * 5]
         self._decay = 1.0
         self._total = 0.0  # weight of all blocks but the last
-        self._since = 0.0  # samples since the last measured update
+        self._gap = [0.0, 0.0]  # sums of weight and weight / B over the updates that the next measured one stands for
         self._measurements = 0
         self._skipped = 0
         self._forget_answers()
@@ -150,7 +150,6 @@ class GradientNoiseScale:
         """One more update; without ``grad_variance`` its norm alone."""
         if self._estimated is not None or self._intervals:
             self._forget_answers()
-        self._since += size
         self._decay *= math.exp(-size / self._memory)
         if self._decay < _SMALLEST:
             self._multiply_out()
@@ -158,12 +157,14 @@ class GradientNoiseScale:
         weight = -math.expm1(-size / self._memory) / self._decay
         newest[0] += weight
         newest[1] += weight * sq_norm
+        gap = self._gap
+        gap[0] += weight
+        gap[1] += weight / size
         if grad_variance is not None:
-            weight = -math.expm1(-self._since / self._memory) / self._decay
-            self._since = 0.0
-            newest[2] += weight
-            newest[3] += weight * grad_variance / size
-            newest[4] += weight * grad_variance
+            newest[2] += gap[0]
+            newest[3] += gap[1] * grad_variance
+            newest[4] += gap[0] * grad_variance
+            gap[0] = gap[1] = 0.0
         if _FINENESS * newest[0] >= self._total:
             self._total += newest[0]
             self._blocks.append([0.0] * 5)
@@ -174,6 +175,7 @@ class GradientNoiseScale:
         blocks = ([self._decay * value for value in block] for block in self._blocks[:-1])
         self._blocks = [block for block in blocks if block[0] > 0] + [[self._decay * v for v in self._blocks[-1]]]
         self._total = sum(block[0] for block in self._blocks[:-1])
+        self._gap = [self._decay * value for value in self._gap]
         self._decay = 1.0
 
     def _forget_answers(self) -> None:
@@ -255,7 +257,7 @@ class GradientNoiseScale:
             "blocks": [list(block) for block in self._blocks],
             "decay": self._decay,
             "total": self._total,
-            "since": self._since,
+            "gap": list(self._gap),
             "measurements": self._measurements,
             "skipped": self._skipped,
         }
@@ -272,14 +274,14 @@ class GradientNoiseScale:
                 f"a noise scale's state has {', '.join(sorted(_STATE))}, not {found}; load what state_dict() returned."
             )
         memory, blocks = _checked_memory(state["memory"]), _checked_blocks(state["blocks"])
-        numbers = [state["decay"], state["total"], state["since"]]
-        decay, total, since = _checked_numbers("decay, total and since", numbers, 3)
+        decay, total = _checked_numbers("decay and total", [state["decay"], state["total"]], 2)
+        gap = _checked_numbers("gap", state["gap"], 2)
         measurements = _checked_count("measurements", state["measurements"])
         skipped = _checked_count("skipped", state["skipped"])
         holding = sum(block[2] > 0 for block in blocks)
         if measurements < holding or not decay > 0:
             raise ValueError(f"{measurements} measurements do not go with the blocks; load what state_dict() returned.")
-        self.memory, self._blocks, self._since = memory, blocks, since
+        self.memory, self._blocks, self._gap = memory, blocks, gap
         self._decay, self._total = decay, total
         self._measurements, self._skipped = measurements, skipped
         self._forget_answers()
