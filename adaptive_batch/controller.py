@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adaptive_batch.lr_scaling import GroupValues, LRScaling, resolve_lr_scaling
+from adaptive_batch.lr_scaling import GroupValues, LRScaling, NoScaling, resolve_lr_scaling
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.noise import GradientNoiseScale, InnerProducts, two_batch_estimate
 from adaptive_batch.policies import (
@@ -171,6 +171,8 @@ class BatchSizeController:
         self._updates = 0
         self._changed_at = 0
         self._previous = reference_batch_size
+        self._rewarmed = 0  # updates made at the size in force, which come some time after it was decided
+        self._factor_before = 1.0
         self._measured_samples = 0
         self._settled = 0
         self._retreats = 0
@@ -249,15 +251,33 @@ class BatchSizeController:
             return float(self.policy.lr_factor(batch_size, self.reference_batch_size, lr))
         factor = self._rule_factor(batch_size)
         rewarm = getattr(self.lr_scaling, "rewarm", 0)
-        if rewarm and self._previous is not None and self._updates - self._changed_at < rewarm:
-            before = self._rule_factor(self._previous)
-            share = (self._updates - self._changed_at + 1) / (rewarm + 1)
-            factor = min(factor, before + share * max(0.0, factor - before))
+        if self._rewarmed < rewarm:
+            share = (self._rewarmed + 1) / (rewarm + 1)
+            factor = min(factor, self._factor_before + share * max(0.0, factor - self._factor_before))
         return factor
 
     def _rule_factor(self, batch_size: float) -> float:
         assert self.reference_batch_size is not None
-        return self.lr_scaling.factor(batch_size, self.reference_batch_size, self._rate_noise_scale)
+        factor: object = self.lr_scaling.factor(batch_size, self.reference_batch_size, self._rate_noise_scale)
+        try:
+            number = float(factor)  # type: ignore[arg-type]  # refused below
+        except (TypeError, ValueError):
+            number = math.nan
+        if not 0 <= number < math.inf:
+            raise ValueError(
+                f"{_name(self.lr_scaling)} gave the factor {factor!r} for {batch_size:g} samples; return a number from "
+                "0 on."
+            )
+        return number
+
+    def sum_factor(self, batch_size: float) -> float:
+        """Factor on a loss that is a sum over ``batch_size`` samples.
+
+        Rules speak of mean gradients. A sum grows with its samples by itself, which would scale twice: it is kept at
+        that of the reference size, unless the rate is not scaled at all.
+        """
+        scales = hasattr(self.policy, "lr_factor") or not isinstance(self.lr_scaling, NoScaling)
+        return self.reference_batch_size / batch_size if scales and self.reference_batch_size is not None else 1.0
 
     def group_values(self, batch_size: float, factor: float) -> GroupValues | None:
         """What else the rule sets in each parameter group for an update; ``None`` where it sets nothing.
@@ -293,6 +313,7 @@ class BatchSizeController:
         if self.batch_size is None:
             self.batch_size = self.reference_batch_size
         self._pending.append(measurement)
+        self._rewarmed += self._is_at_size(measurement.batch_size)
         if math.isfinite(measurement.lr) and not measurement.lr <= self._peak_lr:
             self._peak_lr = measurement.lr
         self._updates += 1
@@ -313,6 +334,13 @@ class BatchSizeController:
         assert self.batch_size is not None
         self._updates = measurement.update
         return self._decide(replace(measurement, batch_size=self.batch_size, step_time=self.step_time))
+
+    def _is_at_size(self, samples: int) -> bool:
+        """Whether an update's samples are nearer to the size in force than to the one before."""
+        assert self.batch_size is not None
+        before = self._previous or self.batch_size
+        halfway = math.sqrt(before * self.batch_size)
+        return samples >= halfway if self.batch_size >= before else samples <= halfway
 
     def _absorb(self) -> float:
         """Read the pending measurements' numbers in one transfer and update the estimates; the mean loss."""
@@ -431,6 +459,8 @@ class BatchSizeController:
         self.note = None
         self._noted.clear()
         self._changed_at = self._updates
+        assert self.batch_size is not None
+        self._factor_before, self._rewarmed = self.lr_factor(self.batch_size, m.lr), 0
         self._previous = self.batch_size
         self._settled = 0
         self._retreats += answer.batch_size < answer.previous
@@ -472,17 +502,22 @@ class BatchSizeController:
         return self._evident_answer(m, proposal)
 
     def _unidentified_answer(self, m: Measurement) -> Decision | _Stay:
-        """A noise scale that is not identified may still be large beyond doubt.
+        """A noise scale that is not identified may still be large beyond doubt, or not matter.
 
         A change that is right for all noise scales from the least that is possible to infinity has all the evidence
-        that it needs. Only built-in policies are asked about it: others may count how often they are asked.
+        that it needs; where none is the least possible, a smaller size that takes less time per sample is right for
+        all. Only built-in policies are asked about it: others may count how often they are asked.
         """
-        least = _least_noise_scale(m.grad_sq_norm, m.interval)
-        if least is not None and is_measured(self._active):
-            m = replace(m, noise_scale=least, interval=(least, math.inf))
-            answer = self._evident_answer(m, self._proposal(self._active, m))
-            if isinstance(answer, Decision):
+        if is_measured(self._active):
+            least = _least_noise_scale(m.grad_sq_norm, m.interval)
+            supposed = math.inf if least is None else least
+            supposing = replace(m, noise_scale=supposed, interval=(supposed, math.inf))
+            answer = self._evident_answer(supposing, self._proposal(self._active, supposing))
+            if isinstance(answer, Decision) and least is not None:
                 return answer
+            if isinstance(answer, Decision) and answer.batch_size < m.batch_size:
+                words = f"{answer.batch_size} takes less time per sample, whatever the noise scale"
+                return replace(answer, reason=f"{m.batch_size} -> {answer.batch_size}: {words}")
         return self._without_noise_scale(m)
 
     def _evident_answer(self, m: Measurement, proposal: float) -> Decision | _Stay:
@@ -495,6 +530,12 @@ class BatchSizeController:
         if self._is_new:
             return _Stay()
         objection = self._objection(m, size, proposal)
+        if objection is not None and hasattr(self._active, "goodput"):
+            # The proposal may go by the time of a size that is long out of use, and lead the wrong way.
+            beyond = self._grid_below if size > m.batch_size else self._grid_above
+            other = self._bounded(beyond(m.batch_size), m)
+            if other != m.batch_size and self._objection(m, other, proposal) is None:
+                size, objection = other, None
         if objection is not None:
             return objection
         return Decision(size, m.batch_size, f"{m.batch_size} -> {size}: {self._words(m, size, proposal)}")
@@ -631,6 +672,8 @@ class BatchSizeController:
             "updates": self._updates,
             "changed_at": self._changed_at,
             "previous": self._previous,
+            "rewarmed": self._rewarmed,
+            "factor_before": self._factor_before,
             "measured_samples": self._measured_samples,
             "settled": self._settled,
             "retreats": self._retreats,
@@ -673,6 +716,7 @@ class BatchSizeController:
         self._updates = state["updates"]
         self._changed_at = state["changed_at"]
         self._previous = state["previous"]
+        self._rewarmed, self._factor_before = state["rewarmed"], state["factor_before"]
         self._measured_samples = state["measured_samples"]
         self._settled = state["settled"]
         self._retreats = state["retreats"]
@@ -777,6 +821,8 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "updates": _is_count,
     "changed_at": _is_count,
     "previous": lambda value: value is None or _is_size(value),
+    "rewarmed": _is_count,
+    "factor_before": lambda value: _is_number(value) and 0 <= value < math.inf,
     "measured_samples": _is_count,
     "settled": _is_count,
     "retreats": _is_count,

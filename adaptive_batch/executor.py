@@ -74,7 +74,15 @@ class Executor:
         self._warm = False
         self._few_first = False
 
-    def closure(self, batch: tuple[Any, Any], samples: int, *, measure: bool, time_parts: bool = False) -> BatchClosure:
+    def closure(
+        self,
+        batch: tuple[Any, Any],
+        samples: int,
+        *,
+        measure: bool,
+        time_parts: bool = False,
+        sum_factor: float = 1.0,
+    ) -> BatchClosure:
         """The closure that an optimizer's ``step`` takes, for a batch of ``samples``.
 
         Args:
@@ -82,16 +90,18 @@ class Executor:
             samples: of the batch.
             measure: whether to record the squared norms of its parts, two at least.
             time_parts: whether to time passes of two sizes instead, in unequal parts of it.
+            sum_factor: on a loss that is a sum.
         """
         if self._explores:
             self._explores = False
             self._explore(batch, samples)
+        of_batch = partial(BatchClosure, self, batch, samples, sum_factor=sum_factor)
         if time_parts and self.measurable and samples >= UNEQUAL:
             self._few_first = not self._few_first
-            return BatchClosure(self, batch, samples, split=partial(unequal_sizes, few_first=self._few_first))
+            return of_batch(split=partial(unequal_sizes, few_first=self._few_first))
         measure = measure and self.measurable and samples >= PURPOSEFUL_PARTS
         halves = partial(self.limit.sizes, parts=PURPOSEFUL_PARTS)
-        return BatchClosure(self, batch, samples, split=halves if measure else None, measure=measure)
+        return of_batch(split=halves if measure else None, measure=measure)
 
     def held(self) -> int:
         """Bytes that are held while no pass runs and no gradients are there."""
@@ -154,6 +164,7 @@ class BatchClosure:
         *,
         split: Callable[[int], list[int]] | None = None,
         measure: bool = False,
+        sum_factor: float = 1.0,
     ) -> None:
         self._executor = executor
         self._batch = batch
@@ -161,6 +172,7 @@ class BatchClosure:
         self._measure = measure
         self._calls = 0
         self.samples = samples
+        self._sum_factor = sum_factor
         self.loss = torch.full((), math.nan)
         self.disturbed = False
         self.micro_batch_size = 0
@@ -178,7 +190,7 @@ class BatchClosure:
         measured = self._measure and first
         loss = self._recovered(measured) if executor.recovers else self._attempt(self._sizes(), measured)
         if first:
-            self.loss = loss / self.samples if executor.sums else loss
+            self.loss = loss / (self._sum_factor * self.samples) if executor.sums else loss
         return loss
 
     def _recovered(self, measured: bool) -> Tensor:
@@ -226,7 +238,7 @@ class BatchClosure:
         total = None if norms is None else grad_sq_norm(parameters)
         if norms is not None and total is not None:
             self.part_sq_norms, self.part_sizes = norms.sq_norms, norms.sizes
-            self.sq_norm = total / self.samples**2 if executor.sums else total
+            self.sq_norm = total / (self._sum_factor * self.samples) ** 2 if executor.sums else total
         return loss
 
     def _passes(self, sizes: list[int], norms: PartNorms | None, seconds: list[Elapsed]) -> Tensor:
@@ -236,7 +248,7 @@ class BatchClosure:
         losses: list[Tensor] = []
         for part, size in zip(parts, sizes, strict=True):
             started = mark(executor.device)
-            factor = 1.0 if executor.sums else size / self.samples
+            factor = self._sum_factor if executor.sums else size / self.samples
 
             def run(part: tuple[Any, Any] = part, factor: float = factor) -> Tensor:
                 return executor.gradients(part, factor)
@@ -244,5 +256,5 @@ class BatchClosure:
             losses.append(run() if losses else executor.first_pass(size, run))
             seconds.append(Elapsed(started, mark(executor.device)))
             if norms is not None:
-                norms.end_part(size, size if executor.sums else factor)
+                norms.end_part(size, size * factor if executor.sums else factor)
         return losses[0] if whole else torch.stack(losses).sum()

@@ -28,8 +28,10 @@ __all__ = [
     "SDEScaling",
     "SqrtScaling",
     "gain",
+    "has_lr",
     "resolve_lr_scaling",
     "scaled_lr",
+    "scheduled_lr",
 ]
 
 
@@ -188,15 +190,16 @@ class AdaScale(_Rule):
 
 
 class HeavyBallScaling(_Rule):
-    """AdaScale for SGD with momentum ``m``, linear as far as momentum keeps that stable.
+    """AdaScale for SGD with momentum ``m``, linear as far as noise and momentum allow.
 
-    The factor is ``max(r, min(k, s))``, ``k = B / B0`` and ``r`` AdaScale's :func:`gain`.
+    The factor is ``max(r, min(k, s, 1 + phi / B0))``, ``k = B / B0`` and ``r`` AdaScale's :func:`gain`.
 
     Linear scaling keeps the path of SGD while its steps are short beside the curvature ``h``. A step comes to
     ``lr / (1 - m)``, which for plain SGD has to stay below ``2 / h``, and with momentum below ``2 s / h``,
     ``s = (1 + m) / (1 - m)``, 19 for ``m = 0.9``; with Nesterov's momentum ``s = (1 + m) / (1 - m) / (1 + 2 m)``, 6.8.
-    A rate that suits a small batch is held down by noise long before that, so there is room for the linear rule; growth
-    beyond it is left to AdaScale. Without momentum this is AdaScale.
+    A rate that suits a small batch is held down by noise, by up to ``1 + phi / B0`` times (McCandlish et al. 2018,
+    arXiv:1812.06162, equation 2.6), so there is as much room for the linear rule; growth beyond it is left to AdaScale.
+    Without momentum this is AdaScale.
 
     Source of the bound: Polyak, *Some methods of speeding up the convergence of iteration methods*, 1964, on a
     quadratic. The combination is this project's own; what it is worth is in ``docs/benchmarks.md``.
@@ -235,9 +238,10 @@ class HeavyBallScaling(_Rule):
         return (1 + m) / (1 - m) / (1 + 2 * m if self.nesterov else 1)
 
     def factor(self, batch_size: float, reference_batch_size: float, noise_scale: float = math.nan) -> float:
-        """Returns ``max(r, min(B / B0, s))``."""
+        """Returns ``max(r, min(B / B0, s, 1 + phi / B0))``; without a noise scale ``min(B / B0, s)``."""
         linear = min(_scale(batch_size, reference_batch_size), self.stable)
-        return max(gain(batch_size, reference_batch_size, noise_scale), linear)
+        room = math.inf if math.isnan(noise_scale) else 1 + noise_scale / reference_batch_size
+        return max(gain(batch_size, reference_batch_size, noise_scale), min(linear, room))
 
 
 class AdamScale(_Rule):
@@ -307,8 +311,8 @@ class SDEScaling(_Rule):
         """
         if self.betas != "sde":
             return
-        for beta in (float(beta) for group in optimizer.param_groups for beta in _decays(group)):
-            if 0 < beta < 1 and scale * (1 - beta) >= 1:
+        for beta in (float(beta) for group in optimizer.param_groups for beta in _least_decays(group)):
+            if 0 < beta < 1 and scale * (1 - beta) >= 1 - _ROUNDING:
                 raise ValueError(
                     f'lr_scaling="sde" would set beta={beta:g} to {1 - scale * (1 - beta):.3g} at max_batch_size, '
                     f"{scale:g} times the reference size, and holds below {1 / (1 - beta):.4g} times only: lower "
@@ -321,6 +325,13 @@ def _decays(group: Mapping[str, Any]) -> tuple[Any, ...]:
     if "betas" in group:
         return tuple(group["betas"])
     return (group["alpha"],) if "alpha" in group and "centered" in group else ()  # ASGD's alpha is something else
+
+
+def _least_decays(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The same, as low as a schedule that cycles the momentum (``OneCycleLR``) takes the first."""
+    first, *others = _decays(group) or (None,)
+    lowest = group.get("base_momentum")
+    return tuple(others) if first is None else (first if lowest is None else min(first, lowest), *others)
 
 
 def _with_decays(
@@ -342,15 +353,26 @@ _RULES: dict[str, Callable[[], LRScaling]] = {
     rule.name: rule for rule in (NoScaling, LinearScaling, SqrtScaling, AdaScale, AdamScale, SDEScaling)
 }
 
+_ROUNDING = 1e-9
+
+
+def _of_adam() -> SqrtScaling:
+    return SqrtScaling(betas="half_life")
+
+
 # What "auto" means, by a part of the name of the optimizer's class or of a class that it inherits from.
 # First match wins; optimizers of other packages are found without importing these.
 _AUTO: tuple[tuple[tuple[str, ...], Callable[[], LRScaling]], ...] = (
     (("lbfgs",), NoScaling),  # sets its step length by line search
     (
-        ("adam", "adagrad", "adadelta", "adafactor", "adabelief", "rmsprop", "rprop", "yogi", "lamb", "lion"),
-        SqrtScaling,
+        (
+            *("adam", "adagrad", "adadelta", "adafactor", "adabelief", "adan", "ademamix", "rmsprop", "rprop", "yogi"),
+            *("lamb", "lion", "muon", "shampoo", "soap", "sophia", "novograd", "prodigy", "signsgd", "signum"),
+        ),
+        _of_adam,
     ),
-    (("",), AdaScale),  # SGD without momentum and whatever else applies the gradient as it is
+    (("sgd",), AdaScale),  # without momentum
+    (("",), AdamScale),  # below AdaScale, for what applies the gradient as it is, and below the square root
 )
 
 
@@ -366,8 +388,9 @@ def resolve_lr_scaling(
     Args:
         rule: an object with ``factor``, or ``"none"``, ``"linear"``, ``"sqrt"``, ``"adascale"``,
             ``"adamscale"``, ``"sde"`` or ``"auto"``. Auto picks by the policy, and otherwise by the optimizer:
-            :class:`SqrtScaling` for Adam and other adaptive ones, :class:`NoScaling` for LBFGS,
-            :class:`HeavyBallScaling` for SGD with momentum, :class:`AdaScale` for other SGD and the rest.
+            :class:`SqrtScaling` with half-life betas for Adam and other adaptive ones, :class:`NoScaling` for LBFGS,
+            :class:`HeavyBallScaling` for SGD with momentum, :class:`AdaScale` for other SGD, and for any other
+            optimizer :class:`AdamScale`, which is below both.
         optimizer: what ``"auto"`` looks at.
         policy: what the rule has to go with.
 
@@ -414,29 +437,45 @@ GroupValues = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 @contextmanager
-def scaled_lr(optimizer: Optimizer, factor: float, values: GroupValues | None = None) -> Iterator[None]:
+def scaled_lr(optimizer: Optimizer, factor: float, values: GroupValues | None = None) -> Iterator[list[dict[str, Any]]]:
     """The learning rates times ``factor``, put back exactly however the block ends.
 
     Args:
         optimizer: whose parameter groups are meant; those without ``lr`` keep what they have instead of it.
         factor: on each group's rate.
         values: gives other entries of a group that are to hold inside the block.
+
+    Yields:
+        For each group its own values of what is different in it meanwhile.
     """
-    changes = [(group, _changes(group, factor, values)) for group in optimizer.param_groups]
-    saved = [(group, name, _copy(group[name])) for group, change in changes for name in change]
-    for group, change in changes:
+    groups = list(optimizer.param_groups)
+    changes = [_changes(group, factor, values) for group in groups]
+    saved = [{name: _copy(group[name]) for name in change} for group, change in zip(groups, changes, strict=True)]
+    for group, change in zip(groups, changes, strict=True):
         for name, value in change.items():
             _set(group, name, value)
     try:
-        yield
+        yield saved
     finally:
-        for group, name, value in saved:
-            _set(group, name, value)
+        for group, own in zip(groups, saved, strict=True):
+            for name, value in own.items():
+                _set(group, name, value)
+
+
+def scheduled_lr(optimizer: Optimizer) -> float:
+    """The first group's rate; NaN where it has none."""
+    lr = optimizer.param_groups[0].get("lr")
+    return math.nan if lr is None else float(lr)
+
+
+def has_lr(optimizer: Optimizer) -> bool:
+    """Whether any parameter group has a rate to scale."""
+    return any(group.get("lr") is not None for group in optimizer.param_groups)
 
 
 def _changes(group: Mapping[str, Any], factor: float, values: GroupValues | None) -> dict[str, Any]:
     change = {} if values is None else dict(values(group))
-    if factor != 1.0 and "lr" in group:
+    if factor != 1.0 and group.get("lr") is not None:
         change["lr"] = group["lr"] * factor
     return change
 

@@ -24,7 +24,7 @@ from adaptive_batch.executor import BatchClosure, Executor, LossFn
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.iterable import Requests
 from adaptive_batch.layers import batch_dependent_layers, warn_of_splitting
-from adaptive_batch.lr_scaling import GroupValues, scaled_lr
+from adaptive_batch.lr_scaling import GroupValues, has_lr, scaled_lr, scheduled_lr
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.memory import parse_budget, usable_memory
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
@@ -256,12 +256,14 @@ class _Trainer:
         for batch in self._batches(loader):
             draw = sampler.draws[0]
             started = last_mark or mark(executor.device)
-            factor, values = self._scaling(self._counted(draw))
+            counted = self._counted(draw)
+            factor, values = self._scaling(counted)
             closure = executor.closure(
                 to_device(batch, executor.device),
                 draw.size,
                 measure=self._measures(),
                 time_parts=self._controller is not None and self._controller.times_parts(self._updates),
+                sum_factor=1.0 if self._controller is None else self._controller.sum_factor(counted),
             )
             with scaled_lr(self.optimizer, factor, values):
                 self.optimizer.step(closure)  # type: ignore[arg-type]  # tensors are welcome
@@ -307,7 +309,7 @@ class _Trainer:
         """The factor on the learning rate, and what else is set in the parameter groups."""
         if self._controller is None:
             return 1.0, None
-        factor = self._controller.lr_factor(counted, float(self.optimizer.param_groups[0].get("lr", math.nan)))
+        factor = self._controller.lr_factor(counted, scheduled_lr(self.optimizer)) if has_lr(self.optimizer) else 1.0
         return factor, self._controller.group_values(counted, factor)
 
     def _end_update(
@@ -345,7 +347,7 @@ class _Trainer:
             samples=self._samples,
             batch_size=closure.samples,
             reference_batch_size=controller.reference_batch_size or closure.samples,
-            lr=float(self.optimizer.param_groups[0].get("lr", math.nan)),
+            lr=scheduled_lr(self.optimizer),
             loss=closure.loss,
             seconds=math.nan if closure.disturbed else elapsed,
             part_sq_norms=closure.part_sq_norms,

@@ -213,19 +213,22 @@ class UpdateExecutor:
         *,
         global_samples: int | None = None,
         counted: tuple[int, int] | None = None,
+        sum_factor: float = 1.0,
     ) -> None:
         """The next closure is for this rank's ``samples`` of a batch, which the loop has waited for.
 
         Ranks average their gradients whatever their shares, so each weighs its loss by its share: of the samples, or
         where ``weight_fn`` says that the loss is a mean over something else, of what the user has ``counted`` (on this
-        rank, on all). Without ``global_samples`` all count alike, as in plain Lightning.
+        rank, on all). Without ``global_samples`` all count alike, as in plain Lightning. A loss that is a sum is taken
+        times ``sum_factor``.
         """
         self._samples = samples
         self._wait = wait
+        self._sum_factor = sum_factor
         if global_samples is None:
             self.share = 1.0
         elif self._loss_reduction == "sum":
-            self.share = float(self.ranks)
+            self.share = self.ranks * sum_factor
         elif counted is not None and self._weight_fn is not None:
             self.share = self.ranks * counted[0] / counted[1]
         else:
@@ -575,7 +578,7 @@ class UpdateExecutor:
         else:
             factor = _lightning.amp_scale(self._trainer)
             if self._loss_reduction == "sum":
-                factor = factor * sum(self._batch_sizes) / accumulate
+                factor = factor * self._sum_factor * sum(self._batch_sizes) / accumulate
             self.sq_norm = total if isinstance(factor, float) and factor == 1 else total / factor**2
             if self._examples is not None and self.part_sq_norms:
                 self._keep_examples()

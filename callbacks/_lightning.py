@@ -147,10 +147,11 @@ def override_optimizer_step(patches: Patches, trainer: Trainer, step: Callable[.
     patches.override(loop, "_optimizer_step", make)
 
 
-def override_manual_step(patches: Patches, trainer: Trainer, step: Callable[..., Any]) -> None:
-    """Run each optimizer step of a manual optimization by ``step(original, optimizer, closure, **others)``.
+def override_step(patches: Patches, trainer: Trainer, step: Callable[..., Any]) -> None:
+    """Take each step of an optimizer by ``step(original, optimizer, closure, **others)``.
 
-    Every step that a LightningModule takes through ``self.optimizers()`` comes by here.
+    Every ``optimizer.step`` comes by here: the loop's, inside of the hook ``optimizer_step``, and those that a
+    LightningModule takes through ``self.optimizers()`` in manual optimization.
     """
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,6 +232,13 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
     """The trainer's callbacks, which its own types do not know of."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def accumulation_schedules(trainer: Trainer) -> Iterator[Mapping[int, int]]:
+    """What Lightning's GradientAccumulationScheduler callbacks are to do."""
+    for callback in callbacks_of(trainer):
+        if "GradientAccumulationScheduler" in (cls.__name__ for cls in type(callback).__mro__):
+            yield callback.scheduling
 
 
 def samples_of(trainer: Trainer, batch: Any) -> int:

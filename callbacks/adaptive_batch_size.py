@@ -26,7 +26,7 @@ from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
 from adaptive_batch.distributed import Agreement, SharedOrder, broadcast, gather
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.iterable import Requests, count_samples
-from adaptive_batch.lr_scaling import LRScaling, gain, resolve_lr_scaling, scaled_lr
+from adaptive_batch.lr_scaling import LRScaling, gain, has_lr, resolve_lr_scaling, scaled_lr, scheduled_lr
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.memory import resident_bytes
 from adaptive_batch.micro_batching import UNEQUAL
@@ -206,6 +206,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._began = False  # between on_train_start and the end
         self._taken_up = False  # the loader's side of a checkpoint
         self._draw_at_hand: Draw | None = None  # of the batch that the loop is in
+        self._own_values: list[dict[str, Any]] = []  # of the parameter groups, while others are in their place
 
     @property
     def batch_size(self) -> int | None:
@@ -229,6 +230,8 @@ class AdaptiveBatchSize(CallbackBase):
         if str(getattr(stage, "value", stage)) != "fit":
             return
         _check_supported(trainer, pl_module)
+        if not self._dry_run:
+            _check_accumulation(trainer)
         self._patches.undo()
         self._start_fit()
         self._trainer = trainer
@@ -243,8 +246,9 @@ class AdaptiveBatchSize(CallbackBase):
         _lightning.override_closure(self._patches, trainer, self._make_closure)
         if pl_module.automatic_optimization:
             _lightning.override_optimizer_step(self._patches, trainer, self._optimizer_step)
+            _lightning.override_step(self._patches, trainer, self._automatic_step)
         else:
-            _lightning.override_manual_step(self._patches, trainer, self._manual_step)
+            _lightning.override_step(self._patches, trainer, self._manual_step)
             _lightning.override_backward(self._patches, trainer, lambda loss: self._executor.weigh(loss))
         if self._clock_name != "updates":
             _lightning.override_scheduler_steps(self._patches, trainer, self._scheduler_indices)
@@ -485,10 +489,17 @@ class AdaptiveBatchSize(CallbackBase):
             waited,
             global_samples=max(self._drawn, self._rows),
             counted=None if self._batch_size_of is None else (self._local_samples, draw.size),
+            sum_factor=self._sum_factor(draw),
         )
         if self._manual:
             self._executor.micro_batch_size = max(self._executor.micro_batch_size, self._rows)
         self._books.start_batch()
+
+    def _sum_factor(self, draw: Draw) -> float:
+        """Factor on the loss of a batch, if it is a sum; batches of the user's own size keep theirs as it is."""
+        if draw.nominal == self._plain.batch_size:
+            return 1.0
+        return self._controller.sum_factor(self._counts_for(draw) * self._plain.accumulate)
 
     def _draw_of(self, trainer: Trainer, batch: Any) -> Draw:
         """The record of the batch at hand; batches of ``None`` are counted by the loop, but start no hook."""
@@ -562,11 +573,19 @@ class AdaptiveBatchSize(CallbackBase):
             original(batch_idx, closure)
             return
         last = _lightning.epoch_ends(self._trainer)
-        self._step(lambda: original(batch_idx, closure), self._counted_samples(last))
+        self._counted, self._stepped, self._factor = self._counted_samples(last), True, 1.0
+        self._lr = scheduled_lr(self._trainer.optimizers[0])
+        original(batch_idx, closure)
         if self._clock is not None:
             worth = gain(self._counted, self._reference, self._controller.rate_noise_scale)
             self._due = self._clock.advance(self._plain, self._position, worth, last=last)
             self._updated_at = _lightning.batches_started(self._trainer)
+
+    def _automatic_step(self, original: Callable[..., Any], optimizer: Any, closure: Any, **others: Any) -> Any:
+        """The step itself: what the module sets in its own ``optimizer_step`` around it is the schedule's."""
+        if not self._active:
+            return original(optimizer, closure, **others)
+        return self._step(lambda: original(optimizer, closure, **others), self._counted)
 
     def _manual_step(self, original: Callable[..., Any], optimizer: Any, closure: Any, **others: Any) -> Any:
         """A step of training_step's own; how many batches it makes for a step is its business, and part of the rate."""
@@ -583,13 +602,16 @@ class AdaptiveBatchSize(CallbackBase):
         optimizer = self._trainer.optimizers[0]
         self._stepped = True
         self._counted = counted
-        self._lr = float(optimizer.param_groups[0].get("lr", math.nan))
+        self._lr = scheduled_lr(optimizer)
         self._factor, values = 1.0, None
-        if not self._dry_run:
+        if not self._dry_run and has_lr(optimizer):
             self._factor = self._controller.lr_factor(counted, self._lr)
             values = self._controller.group_values(counted, self._factor)
-        with scaled_lr(optimizer, self._factor, values):
-            return step()
+        with scaled_lr(optimizer, self._factor, values) as self._own_values:
+            try:
+                return step()
+            finally:
+                self._own_values = []
 
     @property
     def _plain(self) -> PlainEpoch:
@@ -604,6 +626,9 @@ class AdaptiveBatchSize(CallbackBase):
     def _counted_samples(self, ends: bool) -> int:
         """Samples that scale the learning rate; a window that the epoch's end cuts short counts as a tail."""
         counted = self._counts_for(*self._window)
+        if self._trainer is not None and self._trainer.accumulate_grad_batches != self._plain.accumulate:
+            # As StochasticWeightAveraging does, whose pass over all the data is no larger batch.
+            return round(counted * self._plain.accumulate / len(self._window))
         missing = self._plain.accumulate - len(self._window)
         if ends and missing:
             return max(counted, min(self._window[-1].nominal * self._plain.accumulate, self._reference))
@@ -834,6 +859,9 @@ class AdaptiveBatchSize(CallbackBase):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """What is each rank's own goes into the checkpoint; one that comes of an exception is made by whoever can."""
         _lightning.remove_loader_states(checkpoint)
+        for state in checkpoint.get("optimizer_states", [])[:1]:
+            for group, own in zip(state["param_groups"], self._own_values, strict=False):
+                group |= own  # the checkpoint is made inside an update, as by a handler of a signal
         state = checkpoint["callbacks"].get(self.state_key, {})
         if trainer.world_size > 1 and "ranks" in state and self._began:
             state["ranks"] = gather(state["ranks"][0])
@@ -940,6 +968,14 @@ def _check_supported(trainer: Trainer, pl_module: LightningModule) -> None:
         raise ValueError(
             f"AdaptiveBatchSize cannot work with {type(trainer.strategy).__name__}, which accumulates gradients by "
             "itself; use another strategy."
+        )
+
+
+def _check_accumulation(trainer: Trainer) -> None:
+    if any(len(set(scheduling.values())) > 1 for scheduling in _lightning.accumulation_schedules(trainer)):
+        raise ValueError(
+            "GradientAccumulationScheduler and AdaptiveBatchSize would both set the samples of an update; leave one of "
+            "them out."
         )
 
 

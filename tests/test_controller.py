@@ -832,3 +832,39 @@ def test_policies_of_the_same_run_agree_on_the_words() -> None:
         assert run.changes
         for decision in decisions(run):
             assert re.search(r": noise scale [\d.]+ \[[\d.]+, ([\d.]+|inf)\]", decision.reason)
+
+
+def without_a_signal(m: Measurement) -> Measurement:
+    """Norms that say ``tr(Sigma) = 100`` and a slightly negative ``|G|^2``."""
+    if not m.part_sizes:
+        return m
+    return replace(m, part_sq_norms=[100 / size - 0.01 for size in m.part_sizes], sq_norm=100 / m.batch_size - 0.01)
+
+
+class TestSizesThatAreSlow:
+    def at_256(self, edit: Callable[[Measurement], Measurement], slow: float) -> Run:
+        run = Run(controller_of("goodput"), time=lambda b: (2.0 + b / 32) * (slow if b >= 256 else 1.0), edit=edit)
+        run.controller.batch_size = run.batch_size = 128
+        run.steps(60)
+        assert not run.changes
+        run.controller.batch_size = run.batch_size = 256
+        return run.steps(60)
+
+    def test_a_size_that_takes_longer_per_sample_is_left_without_any_signal(self):
+        changes = decisions(self.at_256(without_a_signal, slow=5.0))
+        assert [d.batch_size for d in changes] == [128]
+        assert changes[0].reason == "256 -> 128: 128 takes less time per sample, whatever the noise scale"
+
+    def test_a_size_that_takes_less_per_sample_is_kept_without_a_signal(self):
+        assert not self.at_256(without_a_signal, slow=1.0).changes
+
+    @pytest.mark.parametrize(("passes", "seed", "calm"), [(True, 0, 700), (True, 9, 700), (False, 2, 1500)])
+    def test_times_of_long_ago_do_not_keep_a_run_from_growing(self, passes, seed, calm):
+        # The small sizes were timed while an update had hardly a cost of its own.
+        fixed = {"cost": 2.0}
+        run = Run(
+            controller_of("goodput"), phi=1000.0, time=lambda b: fixed["cost"] + b / 32, seed=seed, passes=passes
+        ).steps(calm)
+        assert run.batch_size <= 256
+        fixed["cost"] = 40.0
+        assert run.steps(2500).batch_size >= 512

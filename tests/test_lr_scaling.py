@@ -199,14 +199,18 @@ def test_what_others_than_sgd_call_momentum_is_no_heavy_ball():
 @pytest.mark.parametrize(
     ("momentum", "nesterov", "k", "noise_scale", "expected"),
     [
-        (0.9, False, 4, 50.0, 4.0),  # AdaScale alone: 2.5625 / 1.390625 = 1.84
+        (0.9, False, 4, 50.0, 2.5625),  # 1 + 50 / 32; AdaScale alone: 2.5625 / 1.390625 = 1.84
+        (0.9, False, 4, 100.0, 4.0),
         (0.9, False, 4, math.nan, 4.0),
-        (0.9, False, 40, 320.0, 19.0),  # AdaScale alone: 11 / 1.25 = 8.8
+        (0.9, False, 40, 320.0, 11.0),  # AdaScale alone: 11 / 1.25 = 8.8
+        (0.9, False, 40, 640.0, 19.0),  # AdaScale alone: 21 / 1.5 = 14
         (0.9, False, 40, math.inf, 40.0),
         (0.9, False, 40, 3200.0, 101 / 3.5),
-        (0.5, False, 8, 32.0, 3.0),
+        (0.5, False, 8, 32.0, 2.0),
+        (0.5, False, 8, 80.0, 3.0),
         (0.5, True, 8, 32.0, 2 / 1.125),
-        (0.9, True, 16, 0.0, 1.9 / 0.1 / 2.8),
+        (0.9, True, 16, 0.0, 1.0),
+        (0.9, True, 16, 200.0, 1.9 / 0.1 / 2.8),
         (0.9, False, 0.5, 32.0, 2 / 3),
     ],
 )

@@ -177,6 +177,10 @@ def test_a_schedule_free_optimizer_weighs_its_average_by_the_rate_that_was_used(
     assert torch.equal(trained[0], next(model.parameters()))
 
 
+def _room(noise_scale: float) -> float:
+    return math.inf if math.isnan(noise_scale) else 1 + noise_scale / 16
+
+
 def test_the_bound_of_the_heavy_balls_rate_follows_a_momentum_that_is_scheduled():
     seen: list[tuple[int, float, float]] = []
 
