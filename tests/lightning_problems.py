@@ -113,7 +113,9 @@ def trainer(callbacks: Any = (), **kwargs: Any) -> pl.Trainer:
     return pl.Trainer(callbacks=list(callbacks), **{**options, **kwargs})
 
 
-def fit(model: pl.LightningModule, data: Any, callbacks: Any = (), *, val: Any = None, **kwargs: Any) -> pl.Trainer:
+def fit(
+    model: pl.LightningModule, data: Any, callbacks: Any = (), *, val: Any = None, ckpt_path: Any = None, **kwargs: Any
+) -> pl.Trainer:
     """Seed, train, return the trainer."""
     pl.seed_everything(3, verbose=False)
     with torch.no_grad():
@@ -123,5 +125,5 @@ def fit(model: pl.LightningModule, data: Any, callbacks: Any = (), *, val: Any =
             else:
                 parameter.zero_()
     made = trainer(callbacks, **kwargs)
-    made.fit(model, data, val)
+    made.fit(model, data, val, ckpt_path=ckpt_path)
     return made

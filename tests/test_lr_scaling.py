@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from adaptive_batch import BatchSizeController
 from adaptive_batch.lr_scaling import (
     AdamScale,
     AdaScale,
@@ -449,3 +450,43 @@ def test_adascale_is_the_ratio_of_the_best_rates_where_all_curvatures_are_alike(
     noise = torch.trace(h[:, None] * sigma) / (g @ (h * g))
     assert phi == pytest.approx(float(noise), rel=1e-12)
     assert AdaScale().factor(200, 32, phi) == pytest.approx(best[1] / best[0], rel=1e-12)
+
+
+def test_the_automatic_rule_of_adam_forgets_over_the_same_samples_at_every_size():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.9, 0.99))
+    controller = BatchSizeController(
+        lambda m: 64, lr_scaling=resolve_lr_scaling("auto", optimizer), reference_batch_size=16
+    )
+    values = controller.group_values(64, 2.0)
+    assert values is not None and values(optimizer.param_groups[0]) == {"betas": (0.9, pytest.approx(0.99**4))}
+    assert controller.group_values(16, 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), [("Muon", SqrtScaling), ("SignSGD", SqrtScaling), ("Prodigy", SqrtScaling), ("Own", AdamScale)]
+)
+def test_auto_is_careful_with_what_is_not_sgd(name, rule):
+    made = type(name, (torch.optim.Optimizer,), {"step": lambda self, closure=None: None})
+    assert type(resolve_lr_scaling("auto", made([torch.nn.Parameter(torch.zeros(2))], {"lr": 0.1}))) is rule
+
+
+def test_sde_is_refused_at_exactly_its_bound_and_for_the_least_momentum_of_a_cycle():
+    optimizer = adam()
+    with pytest.raises(ValueError, match=r"holds below 10 times only"):
+        SDEScaling().check(optimizer, 10.0)
+    SDEScaling().check(optimizer, 9.9)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 100, base_momentum=0.5)
+    with pytest.raises(ValueError, match=r"beta=0.5.*holds below 2 times only"):
+        SDEScaling().check(optimizer, 4.0)
+
+
+@pytest.mark.parametrize("factor", [math.nan, -1.0, math.inf, None, "a lot"])
+def test_a_rule_whose_factor_is_no_factor_is_refused(factor):
+    class Own:
+        def factor(self, batch_size: float, reference_batch_size: float, noise_scale: float = math.nan) -> Any:
+            return factor
+
+    controller = BatchSizeController("constant", lr_scaling=Own(), reference_batch_size=16)
+    with pytest.raises(ValueError, match=r"Own gave the factor .* for 32 samples; return a number"):
+        controller.lr_factor(32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -201,7 +202,7 @@ def test_the_bound_of_the_heavy_balls_rate_follows_a_momentum_that_is_scheduled(
     assert min(momenta) < 0.35 and max(momenta) == 0.95
     stable = [(1 + m) / (1 - m) for m in momenta]
     expected = [
-        max(gain(size, 16, noise_scale), min(size / 16, bound))
+        max(gain(size, 16, noise_scale), min(size / 16, bound, _room(noise_scale)))
         for (size, _, noise_scale), bound in zip(seen, stable, strict=True)
     ]
     assert callback.history.column("lr_scale") == pytest.approx(expected)
@@ -281,3 +282,148 @@ def test_a_smaller_size_has_its_rate_at_once():
     )
     controller.observe(Measurement(update=1, samples=16, batch_size=16, reference_batch_size=16))
     assert controller.lr_factor(4) == 0.5
+
+
+def test_the_rate_rises_from_the_first_larger_update_and_from_the_rate_in_force() -> None:
+    controller = BatchSizeController(
+        Milestones({1: 64, 8: 128}, unit="updates"),
+        lr_scaling=LinearScaling(rewarm=4),
+        adjust_every=1,
+        reference_batch_size=16,
+    )
+    factors = []
+    for update in range(1, 14):
+        size = 16 if update < 6 else 64 if update < 9 else 128  # four updates were fetched before the first change
+        factors.append(controller.lr_factor(size))
+        controller.observe(Measurement(update=update, batch_size=size, reference_batch_size=16))
+    assert factors[:5] == [1.0] * 5
+    assert factors[5:8] == pytest.approx([1.6, 2.2, 2.8])
+    # the change at update 8 comes before the ramp has ended, with 3.4 due next
+    assert factors[8:] == pytest.approx([3.4 + i * (8 - 3.4) / 5 for i in (1, 2, 3, 4, 5)])
+
+
+class WithoutRate(torch.optim.Optimizer):
+    """As those that find their own rate: ``lr=None``, or no entry at all."""
+
+    def __init__(self, params: Any, **defaults: Any) -> None:
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        for p in self.param_groups[0]["params"]:
+            p -= 0.01 * p.grad
+        return loss
+
+
+@pytest.mark.parametrize("defaults", [{"lr": None}, {"step_length": 1.0}])
+def test_where_there_is_no_rate_none_is_scaled_and_none_is_said_to_be(defaults: dict[str, Any]) -> None:
+    class Own(Classifier):
+        def configure_optimizers(self) -> Any:
+            return WithoutRate(self.parameters(), **defaults)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            pass
+
+    callback = AdaptiveBatchSize(Milestones({2: 20}, unit="updates"), adjust_every=1, lr_scaling="linear")
+    fit(Own(), loader(), [callback])
+    assert 20 in callback.history.column("batch_size")
+    assert set(callback.history.column("lr_scale")) == {1.0}
+    model, x, y = problem()
+    trainer = MiniBatchTrainer(
+        model,
+        nn.functional.mse_loss,
+        WithoutRate(model.parameters(), **defaults),
+        controller=BatchSizeController(LinearRamp(None, 32, over=1), lr_scaling="linear", adjust_every=1),
+        batch_size=8,
+    )
+    assert set(trainer.fit((x, y), epochs=1).column("lr_scale")) == {1.0}
+
+
+class TestSummedLosses:
+    """A sum grows with its samples: at the rate of ``B0`` samples' sum it is the mean's run at every size."""
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    @pytest.mark.parametrize("parts", [None, 5])
+    def test_the_run_is_that_of_the_mean(self, optimizer: str, accumulate: int, parts: int | None) -> None:
+        def run(reduction: str) -> tuple[list[Tensor], list[float], list[float]]:
+            class Model(Classifier):
+                def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                    x, y, _, _ = batch
+                    return nn.functional.cross_entropy(self.net(x), y, reduction=reduction)
+
+                def configure_optimizers(self) -> Any:
+                    scale = 1 / 16 if reduction == "sum" else 1.0
+                    if optimizer == "adam":
+                        return torch.optim.Adam(self.parameters(), lr=0.01, eps=1e-8 / scale)
+                    return torch.optim.SGD(self.parameters(), lr=0.1 * scale, momentum=0.9)
+
+            torch.manual_seed(0)
+            callback = AdaptiveBatchSize(
+                Milestones({3: 32 * accumulate, 8: 64 * accumulate}, unit="updates"),
+                adjust_every=1,
+                lr_scaling="adascale",
+                noise="micro_batches",
+                loss_reduction=reduction,
+                micro_batch_size=parts or "auto",
+                seed=0,
+            )
+            model = Model(dropout=0.0)
+            fit(model, loader(samples=640), [callback], accumulate_grad_batches=accumulate)
+            history = callback.history
+            return list(model.parameters()), history.column("noise_scale"), history.column("lr_scale")
+
+        (mean, mean_noise, mean_rates), (summed, noise, rates) = run("mean"), run("sum")
+        assert max(rates) > 1.0
+        assert rates == pytest.approx(mean_rates, rel=1e-3)
+        assert noise == pytest.approx(mean_noise, rel=1e-3, nan_ok=True)
+        for one, other in zip(mean, summed, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-6)
+
+    def test_a_rate_that_is_not_scaled_leaves_the_sum_alone(self) -> None:
+        class Model(Classifier):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                x, y, _, _ = batch
+                return nn.functional.cross_entropy(self.net(x), y, reduction="sum")
+
+            def on_after_backward(self) -> None:
+                x = torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])
+                norms.append(float(x.norm()))
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        found = []
+        for rule in ("none", "linear"):
+            norms: list[float] = []
+            torch.manual_seed(0)
+            options: dict[str, Any] = {"adjust_every": 1, "lr_scaling": rule, "loss_reduction": "sum"}
+            callback = AdaptiveBatchSize(Milestones({1: 203}, unit="updates"), max_batch_size=203, **options)
+            fit(Model(dropout=0.0), loader(shuffle=False), [callback])
+            found.append(norms[-1])
+        assert found[0] == pytest.approx(found[1] * 203 / 16, rel=1e-4)
+
+    def test_the_plain_trainer_does_the_same(self) -> None:
+        def run(reduction: str) -> tuple[list[Tensor], list[float]]:
+            model, x, y = problem()
+            trainer = MiniBatchTrainer(
+                model,
+                nn.MSELoss(reduction=reduction),
+                torch.optim.SGD(model.parameters(), lr=0.1 / 8 if reduction == "sum" else 0.1),
+                controller=BatchSizeController(LinearRamp(None, 32, over=1), lr_scaling="linear", adjust_every=1),
+                batch_size=8,
+                loss_reduction=reduction,
+                seed=0,
+            )
+            history = trainer.fit((x, y), epochs=3)
+            return list(model.parameters()), history.column("lr_scale")
+
+        (mean, rates), (summed, summed_rates) = run("mean"), run("sum")
+        assert rates == summed_rates and max(rates) == 4.0
+        for one, other in zip(mean, summed, strict=True):
+            torch.testing.assert_close(one, other)
