@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -30,6 +31,7 @@ from adaptive_batch.noise import (
     two_batch_estimate,
 )
 from adaptive_batch.noise.scale import jackknife
+from adaptive_batch.noise.schedule import PARTS, measures_noise
 
 Array = NDArray[np.float64]
 Norms = tuple[Array, Array]
@@ -717,3 +719,26 @@ def test_norms_alone_say_nothing() -> None:
 def test_a_confidence_that_is_no_probability_is_refused() -> None:
     with pytest.raises(ValueError, match=r"confidence=1\.0 is not a probability"):
         GradientNoiseScale(confidence=1.0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "variance"),
+    [([32, 32, 32, 4], 320.0), ([32] * 6 + [8], 320.0), ([16] * 112 + [2], 1000.0), ([16, 48, 20, 44, 30], 320.0)],
+)
+def test_tails_and_other_small_updates_do_not_bias_an_average_of_few_measurements(
+    sizes: list[int], variance: float
+) -> None:
+    # Norms as exact as can be, |G|^2 = 1: what is left is the weighting, of measurements that grow rare.
+    scale, found = GradientNoiseScale(), []
+    for update, size in zip(range(4000), itertools.cycle(sizes), strict=False):
+        scale.memory = max(32 * size, sum(sizes) / len(sizes) * update / 4)
+        parts = [size - size // 2, size // 2]
+        if measures_noise(update, PARTS):
+            scale.update([1 + variance / n for n in parts], parts, 1 + variance / size)
+        else:
+            scale.update_norm(1 + variance / size, size)
+        if update > 2000:
+            found.append(scale.grad_sq_norm)
+    assert np.mean(found) == pytest.approx(1.0, abs=0.02)
+    assert all(0.85 < sq_norm < 1.15 for sq_norm in found)
+    assert scale.identified
