@@ -486,7 +486,7 @@ def _copy(value: Any) -> Any:
 
 def _set(group: dict[str, Any], name: str, value: Any) -> None:
     if isinstance(group[name], Tensor):
-        group[name].copy_(value)  # in place: a captured graph holds on to this tensor
+        group[name].detach().copy_(value)  # in place: a captured graph holds on to this tensor
     else:
         group[name] = value
 

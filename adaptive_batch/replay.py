@@ -6,7 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Callable
 
-from adaptive_batch.controller import BatchSizeController
+from adaptive_batch.controller import SETTLE, BatchSizeController
 from adaptive_batch.history import Change, History
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import Policy, resolve_policy
@@ -62,10 +62,17 @@ def replay(
     )
     controller.batch_size = first.batch_size
     updates, changes = deque(history.updates), []
+    size, made = first.batch_size, SETTLE
     for measurement in history.measurements:
+        if measurement.batch_size != size:
+            size, made = measurement.batch_size, 0
         while updates and updates[0].step <= measurement.update:
             done = updates.popleft()
-            controller.step_time.update(done.batch_size, done.seconds)
+            if not 0.5 < done.batch_size / size < 2:  # a tail, or fetched before the last change
+                continue
+            made += 1
+            if made > SETTLE:
+                controller.step_time.update(done.batch_size, done.seconds)
         decision = controller.decide(measurement)
         if decision is not None:
             where = (measurement.update, measurement.epoch, measurement.samples)

@@ -79,9 +79,9 @@ class AdaptiveBatchSize(CallbackBase):
         max_batch_size: largest; ``None`` is a tenth of the data set, at least ``B0`` (64 ``B0`` for data
             without a length).
         lr_scaling: ``"auto"`` (by policy and optimizer: square root for Adam and its relatives, linear within bounds
-            for SGD with momentum, AdaScale for SGD without), ``"none"``, ``"linear"``, ``"sqrt"``, ``"adascale"``,
-            ``"adamscale"``, ``"sde"``, or a rule of :mod:`adaptive_batch.lr_scaling`. A policy that sets the learning
-            rate itself goes with ``"auto"`` and ``"none"`` only.
+            for SGD with momentum, AdaScale for SGD without, AdamScale for any other), ``"none"``, ``"linear"``,
+            ``"sqrt"``, ``"adascale"``, ``"adamscale"``, ``"sde"``, or a rule of :mod:`adaptive_batch.lr_scaling`. A
+            policy that sets the learning rate itself goes with ``"auto"`` and ``"none"`` only.
         schedule_clock: what schedulers that step per update advance with: ``"samples"`` (so that a schedule
             still ends with the run), ``"gain"`` (AdaScale's progress) or ``"updates"``.
         micro_batch_size: most samples per forward/backward pass. ``"auto"``: what the memory model says, halved
@@ -878,6 +878,9 @@ class AdaptiveBatchSize(CallbackBase):
         self._sampler.load_state_dict(state["sampler"])
         if not self._balance_ranks:
             self._sampler.weights = None
+        if self._dry_run:  # which does not go on with what another run has changed
+            self._sampler.batch_size = self._plain.batch_size
+            self._controller.batch_size = self._reference
 
     def _go_on(self) -> None:
         """From a checkpoint: before the loop looks where it is, and again when it is there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from adaptive_batch import BatchSizeController, History, MiniBatchTrainer, Update, replay
 from adaptive_batch.callbacks import AdaptiveBatchSize
+from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import CABS, BigBatch, DontDecay, GeometricGrowth, InnerProductTest, NormTest, Plateau
 
 
@@ -56,6 +58,35 @@ def test_step_times_are_those_of_the_recorded_updates():
     changes = replay(history, "goodput", max_batch_size=4096)
     assert 64 <= changes[-1].batch_size <= 256  # sqrt(320 * 2 * 32) = 143
     assert "predicted" in changes[-1].reason
+
+
+def test_tails_and_the_first_updates_at_a_size_are_not_timed_as_in_the_run_itself():
+    history = History(1000)
+    slow = {16: 0.1, 32: 1.0, 64: 1.5}
+    for update in range(1, 201):
+        size = 16 if update % 8 == 0 else 32 if update <= 100 else 64
+        first = update in (101, 102)
+        history.add(Update(update, 0, 32 * update, size, size, 1.0, 1.0, 1.0, 50.0 if first else slow[size]))
+        if update % 10 == 0:
+            present = 32 if update <= 100 else 64
+            m = Measurement(update=update, samples=32 * update, batch_size=present, reference_batch_size=32)
+            history.measurements.append(replace(m, noise_scale=300.0, interval=(250.0, 350.0)))
+    seen: list[Measurement] = []
+
+    class Looks:
+        needs = frozenset({"noise", "step_time"})
+
+        def propose(self, m: Measurement) -> float:
+            seen.append(m)
+            return 32.0
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+    replay(history, Looks())
+    model = seen[-1].step_time
+    assert model is not None and model.measured == [32, 64]
+    assert (model.predict(32), model.predict(64)) == (1.0, 1.5)
 
 
 def test_bounds_are_obeyed():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_problems import Recorded, loader, trainer
+from lightning_problems import Classifier, Recorded, fit, loader, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics import MeanMetric
 
 from adaptive_batch.callbacks import AdaptiveBatchSize
+from adaptive_batch.policies import Milestones
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create .* worker",
@@ -417,3 +418,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     return repr(value)
+
+
+def test_a_dry_run_that_goes_on_from_a_resized_one_is_at_the_loaders_own_size(tmp_path: Path) -> None:
+    callback = AdaptiveBatchSize(Milestones({3: 20}, unit="updates"), adjust_every=1, lr_scaling="linear", seed=0)
+    made = fit(Classifier(), loader(), [callback], max_epochs=1)
+    assert callback.batch_size == 20
+    made.save_checkpoint(tmp_path / "resized.ckpt")
+    dry = AdaptiveBatchSize(lambda m: 20, adjust_every=1, lr_scaling="linear", seed=0, dry_run=True)
+    model = Classifier()
+    fit(model, loader(), [dry], max_epochs=2, ckpt_path=tmp_path / "resized.ckpt")
+    assert model.sizes == [16] * 12 + [203 - 12 * 16]
+    assert set(dry.history.column("lr_scale")[-13:]) == {1.0}
