@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adaptive_batch.lr_scaling import GroupValues, LRScaling, NoScaling, resolve_lr_scaling
+from adaptive_batch.lr_scaling import Age, GroupValues, LRScaling, NoScaling, resolve_lr_scaling
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.noise import GradientNoiseScale, InnerProducts, two_batch_estimate
 from adaptive_batch.policies import (
@@ -180,6 +180,7 @@ class BatchSizeController:
         self._last_noise_scale = self._rate_noise_scale = math.nan
         self._estimates = (math.nan, math.nan, math.nan)
         self._peak_lr = math.nan
+        self._age = Age(0, 0.0)
         self._newest = (0, math.nan, math.nan)  # update, |G|^2 and tr(Sigma) of the last measured one
 
     @property
@@ -205,10 +206,15 @@ class BatchSizeController:
     @property
     def needs(self) -> frozenset[str]:
         """What has to be measured for policy and learning-rate rule: any of ``"noise"`` and ``"step_time"``."""
-        if isinstance(self.policy, Constant) and self.policy.batch_size in (None, self.reference_batch_size):
-            return frozenset()  # the scale is always one
+        if self._keeps_all:
+            return frozenset()
         needs = self._needs
         return needs - _FROM_PARTS | {"noise"} if needs & _FROM_PARTS else needs
+
+    @property
+    def _keeps_all(self) -> bool:
+        """Whether the size stays what it is without this package."""
+        return isinstance(self.policy, Constant) and self.policy.batch_size in (None, self.reference_batch_size)
 
     @property
     def _needs(self) -> frozenset[str]:
@@ -277,7 +283,9 @@ class BatchSizeController:
         that of the reference size, unless the rate is not scaled at all.
         """
         scales = hasattr(self.policy, "lr_factor") or not isinstance(self.lr_scaling, NoScaling)
-        return self.reference_batch_size / batch_size if scales and self.reference_batch_size is not None else 1.0
+        if not scales or self._keeps_all or self.reference_batch_size is None:
+            return 1.0
+        return self.reference_batch_size / batch_size
 
     def group_values(self, batch_size: float, factor: float) -> GroupValues | None:
         """What else the rule sets in each parameter group for an update; ``None`` where it sets nothing.
@@ -287,8 +295,10 @@ class BatchSizeController:
             factor: that of the learning rate.
         """
         values = getattr(self.lr_scaling, "group_values", None)
-        if values is None or self.reference_batch_size in (None, batch_size):
+        if values is None or self.reference_batch_size is None:
             return None
+        if batch_size == self.reference_batch_size and self._age.updates == self._age.reference_updates:
+            return None  # there has been no other size
         scale = batch_size / self.reference_batch_size
         return lambda group: values(group, scale, factor)
 
@@ -298,6 +308,10 @@ class BatchSizeController:
         Raises:
             ValueError: with the reason.
         """
+        steps = _steps_of(optimizer)
+        if steps == 0 or steps > self._age.updates:  # a new one, or older than this controller
+            self._age = Age(steps, float(steps))
+        self._tell_age()
         check = getattr(self.lr_scaling, "check", None)
         if check is not None and self.max_batch_size is not None and self.reference_batch_size is not None:
             check(optimizer, self.max_batch_size / self.reference_batch_size)
@@ -313,6 +327,7 @@ class BatchSizeController:
         if self.batch_size is None:
             self.batch_size = self.reference_batch_size
         self._pending.append(measurement)
+        self._grow_older(measurement.batch_size)
         self._rewarmed += self._is_at_size(measurement.batch_size)
         if math.isfinite(measurement.lr) and not measurement.lr <= self._peak_lr:
             self._peak_lr = measurement.lr
@@ -334,6 +349,18 @@ class BatchSizeController:
         assert self.batch_size is not None
         self._updates = measurement.update
         return self._decide(replace(measurement, batch_size=self.batch_size, step_time=self.step_time))
+
+    def _grow_older(self, samples: int) -> None:
+        """By an update; a tail counts for no less than the reference size would have given it."""
+        assert self.batch_size is not None and self.reference_batch_size is not None
+        counted = max(samples, min(self.batch_size, self.reference_batch_size))
+        updates, reference_updates = self._age
+        self._age = Age(updates + 1, reference_updates + counted / self.reference_batch_size)
+        self._tell_age()
+
+    def _tell_age(self) -> None:
+        if hasattr(self.lr_scaling, "age"):
+            self.lr_scaling.age = self._age
 
     def _is_at_size(self, samples: int) -> bool:
         """Whether an update's samples are nearer to the size in force than to the one before."""
@@ -681,6 +708,7 @@ class BatchSizeController:
             "noise_scale": self._last_noise_scale,
             "rate_noise_scale": self._rate_noise_scale,
             "peak_lr": self._peak_lr,
+            "age": list(self._age),
             "newest": list(self._newest),
             "noise": [noise.state_dict() for noise in self._noises],
             "inner_products": self.inner_products.state_dict(),
@@ -723,6 +751,8 @@ class BatchSizeController:
         self._measured_run = state["measured_run"]
         self._last_noise_scale, self._rate_noise_scale = state["noise_scale"], state["rate_noise_scale"]
         self._peak_lr = state["peak_lr"]
+        self._age = Age(*state["age"])
+        self._tell_age()
         update, sq_norm, variance = state["newest"]
         self._newest = (update, sq_norm, variance)
         self._estimate()
@@ -735,6 +765,11 @@ def _least_noise_scale(grad_sq_norm: float, interval: tuple[float, float]) -> fl
     """
     low, high = interval
     return low if grad_sq_norm > 0 and low < math.inf and (low > 0 or high < math.inf) else None
+
+
+def _steps_of(optimizer: Optimizer) -> int:
+    """Steps that an optimizer has made already, as far as it counts them."""
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
 
 def check_bounds(min_batch_size: int | None, max_batch_size: int | None) -> None:
@@ -830,6 +865,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "noise_scale": lambda value: _is_number(value) and not value < 0,
     "rate_noise_scale": lambda value: _is_number(value) and not value < 0,
     "peak_lr": _is_number,
+    "age": lambda value: isinstance(value, list) and len(value) == 2 and _is_count(value[0]) and _is_number(value[1]),
     "noise": lambda value: isinstance(value, list) and len(value) == len(NOISE_MEMORY_FRACTIONS),
     "newest": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_number, value)),
     "pending": lambda value: isinstance(value, list),

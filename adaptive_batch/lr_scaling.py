@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaScale",
     "AdamScale",
+    "Age",
     "HeavyBallScaling",
     "LRScaling",
     "LinearScaling",
@@ -43,7 +44,9 @@ class LRScaling(Protocol):
     - ``needs: frozenset[str]`` names the statistics that it uses, out of ``{"noise"}``; what is not needed is not
       measured, and ``noise_scale`` is then NaN.
     - ``group_values(group, scale, factor) -> dict`` gives what other entries a parameter group should have for
-      an update of ``scale`` times the reference size; it is put back after the update.
+      an update of ``scale`` times the reference size; it is put back after the update. An ``lr`` among them stands for
+      the whole rate, ``factor`` included.
+    - ``age: Age`` is kept up to date, where the rule has it.
     - ``rewarm: int``, updates over which the rate rises to its new value after the size has grown.
     - ``check(optimizer, scale)`` raises a ValueError where the rule has no meaning up to that scale.
     """
@@ -81,13 +84,21 @@ def gain(batch_size: float, reference_batch_size: float, noise_scale: float) -> 
     return (1 + noise_scale / reference_batch_size) / (1 + noise_scale / batch_size)
 
 
+class Age(NamedTuple):
+    """How far a run is: the optimizer's steps so far, and how many of the reference size they are worth in samples."""
+
+    updates: int
+    reference_updates: float
+
+
 class _Rule:
     """What every rule can do besides: options, all off by default.
 
     Args:
         betas: ``"half_life"`` sets ``beta2`` (RMSprop's ``alpha``) to ``beta2^k``, so that the second moments forget
             over the same number of samples; always in (0, 1). Marek, Lotfi, Somasundaram, Wilson, Goldblum,
-            NeurIPS 2025, arXiv:2507.07101. ``beta1`` stays. None leaves both alone.
+            NeurIPS 2025, arXiv:2507.07101. ``beta1`` stays. Adam, AdamW and NAdam correct the bias of their second
+            moments as if all updates had had the present ``beta2``; the rate puts that right. None leaves both alone.
         weight_decay: ``"timescale"`` multiplies a decoupled weight decay by ``k / factor``, so that ``B / (lr wd)``
             samples stay its timescale: by ``sqrt(k)`` under the square-root rule, by 1 under the linear one. Bergsma
             et al. 2025, arXiv:2505.13738. None leaves it alone.
@@ -113,6 +124,7 @@ class _Rule:
         self.betas = betas
         self.weight_decay = weight_decay
         self.rewarm = rewarm
+        self.age = Age(0, 0.0)
 
     def group_values(self, group: Mapping[str, Any], scale: float, factor: float) -> dict[str, Any]:
         """What the options give this parameter group for an update of ``scale`` times the reference size.
@@ -125,6 +137,9 @@ class _Rule:
         values: dict[str, Any] = {}
         if self.betas == "half_life":
             values |= _with_decays(group, keep=lambda beta: beta, forget=lambda beta: beta**scale)
+            correction = _bias_correction(group["betas"][1], scale, self.age) if corrects_bias(group) else 1.0
+            if correction != 1:
+                values["lr"] = group["lr"] * factor * correction
         if self.weight_decay and group.get("weight_decay") and group.get("decoupled_weight_decay", True):
             values["weight_decay"] = group["weight_decay"] * scale / factor
         return values
@@ -327,6 +342,24 @@ def _decays(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return (group["alpha"],) if "alpha" in group and "centered" in group else ()  # ASGD's alpha is something else
 
 
+def corrects_bias(group: Mapping[str, Any]) -> bool:
+    """Whether a parameter group is one of Adam, AdamW or NAdam, which divide their moments by ``1 - beta^t``."""
+    return "betas" in group and ("amsgrad" in group or "momentum_decay" in group) and group.get("lr") is not None
+
+
+def _bias_correction(beta: Any, scale: float, age: Age) -> Any:
+    """What the root of the second moments is to be divided by, over what the optimizer divides it by.
+
+    With ``beta^k`` at each update the moments hold ``1 - beta^n`` of all weight, ``n`` the sum of all ``k``; the
+    optimizer takes ``1 - beta^(k t)`` for it.
+    """
+    if not 0 < beta < 1:
+        return 1.0
+    held = 1 - beta ** (age.reference_updates + scale)
+    taken = 1 - beta ** (scale * (age.updates + 1))
+    return (held / taken) ** 0.5
+
+
 def _least_decays(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """The same, as low as a schedule that cycles the momentum (``OneCycleLR``) takes the first."""
     first, *others = _decays(group) or (None,)
@@ -356,10 +389,6 @@ _RULES: dict[str, Callable[[], LRScaling]] = {
 _ROUNDING = 1e-9
 
 
-def _of_adam() -> SqrtScaling:
-    return SqrtScaling(betas="half_life")
-
-
 # What "auto" means, by a part of the name of the optimizer's class or of a class that it inherits from.
 # First match wins; optimizers of other packages are found without importing these.
 _AUTO: tuple[tuple[tuple[str, ...], Callable[[], LRScaling]], ...] = (
@@ -369,7 +398,7 @@ _AUTO: tuple[tuple[tuple[str, ...], Callable[[], LRScaling]], ...] = (
             *("adam", "adagrad", "adadelta", "adafactor", "adabelief", "adan", "ademamix", "rmsprop", "rprop", "yogi"),
             *("lamb", "lion", "muon", "shampoo", "soap", "sophia", "novograd", "prodigy", "signsgd", "signum"),
         ),
-        _of_adam,
+        SqrtScaling,
     ),
     (("sgd",), AdaScale),  # without momentum
     (("",), AdamScale),  # below AdaScale, for what applies the gradient as it is, and below the square root
@@ -388,9 +417,9 @@ def resolve_lr_scaling(
     Args:
         rule: an object with ``factor``, or ``"none"``, ``"linear"``, ``"sqrt"``, ``"adascale"``,
             ``"adamscale"``, ``"sde"`` or ``"auto"``. Auto picks by the policy, and otherwise by the optimizer:
-            :class:`SqrtScaling` with half-life betas for Adam and other adaptive ones, :class:`NoScaling` for LBFGS,
-            :class:`HeavyBallScaling` for SGD with momentum, :class:`AdaScale` for other SGD, and for any other
-            optimizer :class:`AdamScale`, which is below both.
+            :class:`SqrtScaling` for adaptive ones, for Adam, AdamW and NAdam with half-life betas, :class:`NoScaling`
+            for LBFGS, :class:`HeavyBallScaling` for SGD with momentum, :class:`AdaScale` for other SGD, and for any
+            other optimizer :class:`AdamScale`, which is below both.
         optimizer: what ``"auto"`` looks at.
         policy: what the rule has to go with.
 
@@ -476,7 +505,7 @@ def has_lr(optimizer: Optimizer) -> bool:
 def _changes(group: Mapping[str, Any], factor: float, values: GroupValues | None) -> dict[str, Any]:
     change = {} if values is None else dict(values(group))
     if factor != 1.0 and group.get("lr") is not None:
-        change["lr"] = group["lr"] * factor
+        change.setdefault("lr", group["lr"] * factor)
     return change
 
 
@@ -501,7 +530,9 @@ def _auto_rule(optimizer: Optimizer) -> LRScaling:
     if "sgd" in names and all(0 < float(group.get("momentum", 0.0)) < 1 for group in groups):
         nesterov = any(group.get("nesterov", False) for group in groups)
         return HeavyBallScaling(partial(_least_momentum, optimizer), nesterov=nesterov)
-    return next(rule for parts, rule in _AUTO if any(part in name for part in parts for name in names))()
+    rule = next(rule for parts, rule in _AUTO if any(part in name for part in parts for name in names))
+    # Elsewhere the second beta may be that of something else than second moments.
+    return SqrtScaling(betas="half_life") if rule is SqrtScaling and all(map(corrects_bias, groups)) else rule()
 
 
 def _scale(batch_size: float, reference_batch_size: float) -> float:

@@ -113,7 +113,7 @@ class UpdateExecutor:
             raise ValueError(f'noise="{noise}" cannot be had: {self._unmeasured}; use noise="auto".')
         self._samples = 0
         self._wait = 0.0
-        self.share = 1.0
+        self.share = self.sum_factor = 1.0
         self.limit = limit
         self._memory = PassMemory(module, limit, self._device, measures=recovers)
         self._few_first = False
@@ -128,6 +128,11 @@ class UpdateExecutor:
     def failures(self) -> list[str]:
         """What out-of-memory errors have taught, one sentence each; to be told and cleared."""
         return self._memory.failures
+
+    @property
+    def samples_of_loss(self) -> int:
+        """What makes the loss of the batch at hand a mean over its samples."""
+        return self._samples if self._loss_reduction == "sum" else 1
 
     @property
     def peak_memory(self) -> float:
@@ -224,7 +229,7 @@ class UpdateExecutor:
         """
         self._samples = samples
         self._wait = wait
-        self._sum_factor = sum_factor
+        self.sum_factor = sum_factor if self._loss_reduction == "sum" else 1.0
         if global_samples is None:
             self.share = 1.0
         elif self._loss_reduction == "sum":
@@ -578,7 +583,7 @@ class UpdateExecutor:
         else:
             factor = _lightning.amp_scale(self._trainer)
             if self._loss_reduction == "sum":
-                factor = factor * self._sum_factor * sum(self._batch_sizes) / accumulate
+                factor = factor * self.sum_factor * sum(self._batch_sizes) / accumulate
             self.sq_norm = total if isinstance(factor, float) and factor == 1 else total / factor**2
             if self._examples is not None and self.part_sq_norms:
                 self._keep_examples()

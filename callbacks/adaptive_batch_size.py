@@ -219,6 +219,11 @@ class AdaptiveBatchSize(CallbackBase):
         return 0 if self._trainer is None else self._executor.micro_batch_size
 
     @property
+    def sum_factor(self) -> float:
+        """Factor on the loss of the batch at hand, where it is a sum; 1 for a mean."""
+        return 1.0 if self._trainer is None else self._executor.sum_factor
+
+    @property
     def controller(self) -> BatchSizeController:
         """What decides: its noise and step-time estimates can be read here."""
         return self._controller
@@ -496,9 +501,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._books.start_batch()
 
     def _sum_factor(self, draw: Draw) -> float:
-        """Factor on the loss of a batch, if it is a sum; batches of the user's own size keep theirs as it is."""
-        if draw.nominal == self._plain.batch_size:
-            return 1.0
+        """Factor on the loss of a batch, if it is a sum."""
         return self._controller.sum_factor(self._counts_for(draw) * self._plain.accumulate)
 
     def _draw_of(self, trainer: Trainer, batch: Any) -> Draw:
@@ -678,7 +681,7 @@ class AdaptiveBatchSize(CallbackBase):
             batch_size=samples,
             reference_batch_size=self._reference,
             lr=self._lr,
-            loss=_loss(outputs, self._plain.accumulate),
+            loss=_loss(outputs, self._plain.accumulate / self._executor.samples_of_loss),
             seconds=math.nan if started is None or self._executor.disturbed else Elapsed(started, stop),
             part_sq_norms=self._executor.part_sq_norms,
             part_sizes=self._in_samples(self._executor.part_sizes),
@@ -859,9 +862,10 @@ class AdaptiveBatchSize(CallbackBase):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """What is each rank's own goes into the checkpoint; one that comes of an exception is made by whoever can."""
         _lightning.remove_loader_states(checkpoint)
-        for state in checkpoint.get("optimizer_states", [])[:1]:
-            for group, own in zip(state["param_groups"], self._own_values, strict=False):
-                group |= own  # the checkpoint is made inside an update, as by a handler of a signal
+        if self._own_values:  # the checkpoint is made inside an update, as by a handler of a signal
+            saved = checkpoint.get("optimizer_states") or [{}]  # which some strategies give to one rank alone
+            for group, own in zip(saved[0].get("param_groups", ()), self._own_values, strict=False):
+                group |= own
         state = checkpoint["callbacks"].get(self.state_key, {})
         if trainer.world_size > 1 and "ranks" in state and self._began:
             state["ranks"] = gather(state["ranks"][0])
@@ -975,10 +979,10 @@ def _check_supported(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def _check_accumulation(trainer: Trainer) -> None:
-    if any(len(set(scheduling.values())) > 1 for scheduling in _lightning.accumulation_schedules(trainer)):
+    if any(set(scheduling.values()) != {1} for scheduling in _lightning.accumulation_schedules(trainer)):
         raise ValueError(
             "GradientAccumulationScheduler and AdaptiveBatchSize would both set the samples of an update; leave one of "
-            "them out."
+            "them out, or accumulate by Trainer(accumulate_grad_batches=...)."
         )
 
 
@@ -989,9 +993,9 @@ def _has_rows(batch: Any, rows: int) -> bool:
         return False
 
 
-def _loss(outputs: Any, accumulate: int) -> Tensor | float:
-    """What ``training_step`` returned, which Lightning has divided by the batches of an update."""
+def _loss(outputs: Any, factor: float) -> Tensor | float:
+    """What ``training_step`` returned, which Lightning has divided by the batches of an update, times ``factor``."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     if not isinstance(loss, Tensor):
         return math.nan
-    return loss if accumulate == 1 else loss * accumulate
+    return loss if factor == 1 else loss * factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -232,10 +233,10 @@ class GradientNoiseMonitor(CallbackBase):
         if not self._measures or self._source is None:
             return
         share = 1 / trainer.accumulate_grad_batches
+        if not self._mean:
+            share *= self._samples * _sum_factor(trainer)
         try:
-            self._source.end_batch(
-                self._samples, share if self._mean else share * self._samples, _lightning.amp_scale(trainer)
-            )
+            self._source.end_batch(self._samples, share, _lightning.amp_scale(trainer))
         except Unmeasurable as problem:
             self._source.cancel()
             self._measures = False
@@ -358,3 +359,9 @@ class GradientNoiseMonitor(CallbackBase):
 
 def _parameters(optimizer: Any) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _sum_factor(trainer: Trainer) -> float:
+    """What a callback that resizes has the loss of this batch multiplied with."""
+    factors = (getattr(callback, "sum_factor", 1.0) for callback in _lightning.callbacks_of(trainer))
+    return math.prod(factors)

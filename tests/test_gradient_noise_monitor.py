@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from adaptive_batch.callbacks import AdaptiveBatchSize, GradientNoiseMonitor
+from adaptive_batch.policies import Milestones
 
 NAMES = ("noise_scale", "grad_sq_norm", "grad_variance", "noise_scale_low", "noise_scale_high")
 
@@ -502,3 +503,28 @@ def test_an_unknown_source_is_refused() -> None:
         AdaptiveBatchSize(noise="ranks")
     with pytest.raises(ValueError, match=r"net\.1\.weight \(BatchNorm1d\)"):
         fit(Normalised(), loader(), [AdaptiveBatchSize(noise="per_example")])
+
+
+def test_a_monitor_beside_a_callback_that_resizes_takes_a_sum_for_what_it_is() -> None:
+    class Still(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            x, y, _, _ = batch
+            return nn.functional.cross_entropy(self.net(x), y, reduction=reduction)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    found = []
+    for reduction in ("mean", "sum"):
+        monitor = GradientNoiseMonitor(noise="micro_batches", loss_reduction=reduction, every=1)
+        callback = AdaptiveBatchSize(
+            Milestones({2: 64}, unit="updates"),
+            adjust_every=1,
+            lr_scaling="linear",
+            loss_reduction=reduction,
+            seed=0,
+        )
+        options: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 1}
+        fit(Still(dropout=0.0), loader(samples=640), [callback, monitor], **options)
+        found.append((monitor.noise.grad_sq_norm, monitor.noise.grad_variance))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)

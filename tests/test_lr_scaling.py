@@ -21,6 +21,7 @@ from adaptive_batch.lr_scaling import (
     resolve_lr_scaling,
     scaled_lr,
 )
+from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import CABS, DontDecay, LossProportional, Max, OnlyGrow, Plateau, Policy, Seesaw
 
 RULES: list[LRScaling] = [
@@ -458,9 +459,46 @@ def test_the_automatic_rule_of_adam_forgets_over_the_same_samples_at_every_size(
     controller = BatchSizeController(
         lambda m: 64, lr_scaling=resolve_lr_scaling("auto", optimizer), reference_batch_size=16
     )
-    values = controller.group_values(64, 2.0)
-    assert values is not None and values(optimizer.param_groups[0]) == {"betas": (0.9, pytest.approx(0.99**4))}
     assert controller.group_values(16, 1.0) is None
+    values = controller.group_values(64, 2.0)
+    assert values is not None
+    assert values(optimizer.param_groups[0]) == {"betas": (0.9, pytest.approx(0.99**4))}
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam])
+@pytest.mark.parametrize("joined", [0, 40])
+def test_steps_of_adam_are_as_long_as_the_rate_says_while_sizes_come_and_go(make, joined):
+    # With a gradient of 1 every moment is 1 once its bias is corrected, so each step is the rate.
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = make([parameter], lr=1e-3, weight_decay=0.0, eps=1e-30, betas=(0.0, 0.999))
+    parameter.grad = torch.ones_like(parameter)
+    for _ in range(joined):
+        optimizer.step()
+    rule = resolve_lr_scaling("auto", optimizer)
+    assert isinstance(rule, SqrtScaling) and rule.betas == "half_life"
+    controller = BatchSizeController(lambda m: 16, lr_scaling=rule, reference_batch_size=16, max_batch_size=4096)
+    controller.check_optimizer(optimizer)
+    for update in range(1, 200):
+        size = 16 if update < 30 else 32 if update < 60 else 256 if update < 120 else 16 if update < 150 else 64
+        factor = controller.lr_factor(size)
+        before = parameter.item()
+        with scaled_lr(optimizer, factor, controller.group_values(size, factor)):
+            optimizer.step()
+        if make is not torch.optim.NAdam:  # whose step has a part of its own momentum's schedule
+            assert before - parameter.item() == pytest.approx(1e-3 * factor, rel=1e-6)
+        controller.observe(Measurement(update=update, batch_size=size, reference_batch_size=16))
+        if update == 100:  # as on resuming
+            state = controller.state_dict()
+            controller = BatchSizeController(lambda m: 16, lr_scaling=rule, reference_batch_size=16)
+            controller.load_state_dict(state)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"]) == (1e-3, (0.0, 0.999))
+
+
+@pytest.mark.parametrize("make", [torch.optim.RAdam, torch.optim.Adamax, torch.optim.RMSprop])
+def test_the_automatic_rule_leaves_the_decays_of_others_than_adam_alone(make):
+    rule = resolve_lr_scaling("auto", make([torch.nn.Parameter(torch.zeros(2))], lr=0.1))
+    assert isinstance(rule, SqrtScaling) and rule.betas is None
 
 
 @pytest.mark.parametrize(

@@ -742,3 +742,15 @@ def test_tails_and_other_small_updates_do_not_bias_an_average_of_few_measurement
     assert np.mean(found) == pytest.approx(1.0, abs=0.02)
     assert all(0.85 < sq_norm < 1.15 for sq_norm in found)
     assert scale.identified
+
+
+def test_updates_since_the_last_measured_one_do_not_bias_the_average_after_a_resize() -> None:
+    scale = GradientNoiseScale(memory=20_000)
+    for update in range(2000):
+        if update % 10 == 9:
+            scale.update([1 + 256 / 32] * 2, [32, 32], 1 + 256 / 64)
+        else:
+            scale.update_norm(1 + 256 / 64, 64)
+    for _ in range(30):
+        scale.update_norm(1 + 256 / 512, 512)
+        assert scale.grad_sq_norm == pytest.approx(1.0, rel=1e-9)

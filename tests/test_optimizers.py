@@ -427,3 +427,26 @@ class TestSummedLosses:
         assert rates == summed_rates and max(rates) == 4.0
         for one, other in zip(mean, summed, strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_policies_see_the_mean_of_a_summed_loss() -> None:
+    def run(reduction: str) -> list[float]:
+        seen: list[float] = []
+
+        class Model(Classifier):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                x, y, _, _ = batch
+                return nn.functional.cross_entropy(self.net(x), y, reduction=reduction)
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        def policy(m: Measurement) -> float:
+            seen.append(float(m.loss))
+            return 16.0 if m.update < 5 else 64.0
+
+        callback = AdaptiveBatchSize(policy, adjust_every=1, loss_reduction=reduction, seed=0)
+        fit(Model(dropout=0.0), loader(samples=640), [callback], accumulate_grad_batches=2)
+        return seen
+
+    assert run("sum") == pytest.approx(run("mean"), rel=1e-4)

@@ -108,5 +108,16 @@ def test_two_that_would_set_the_samples_of_an_update_are_refused() -> None:
     schedule = GradientAccumulationScheduler({0: 1, 1: 4})
     with pytest.raises(ValueError, match="would both set the samples of an update; leave one of them out"):
         fit(Classifier(), loader(), [schedule, AdaptiveBatchSize()])
-    fit(Classifier(), loader(), [GradientAccumulationScheduler({0: 2}), AdaptiveBatchSize()], max_epochs=1)
+    with pytest.raises(ValueError, match=r"or accumulate by Trainer\(accumulate_grad_batches="):
+        fit(Classifier(), loader(), [GradientAccumulationScheduler({0: 2}), AdaptiveBatchSize()])
+    fit(Classifier(), loader(), [GradientAccumulationScheduler({0: 1}), AdaptiveBatchSize()], max_epochs=1)
     fit(Classifier(), loader(), [schedule, AdaptiveBatchSize(dry_run=True)])
+
+
+def test_where_nothing_is_saved_of_an_optimizer_a_checkpoint_can_be_saved_all_the_same() -> None:
+    # Lightning has the whole state of a sharded optimizer on the first rank, and an empty one on all others.
+    callback = AdaptiveBatchSize(Milestones({2: 20}, unit="updates"), adjust_every=1)
+    made = fit(Classifier(), loader(), [callback], max_epochs=1)
+    checkpoint: dict[str, Any] = {"callbacks": {}, "loops": {"fit_loop": {"state_dict": {}}}, "optimizer_states": [{}]}
+    callback.on_save_checkpoint(made, made.lightning_module, checkpoint)
+    assert checkpoint["optimizer_states"] == [{}]

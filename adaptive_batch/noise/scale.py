@@ -246,8 +246,13 @@ class GradientNoiseScale:
         """``tr(Sigma)`` and ``|G|^2``."""
         if self._estimated is None:
             weight, norm, measured, share, variance = map(sum, zip(*self._blocks, strict=True))
-            # All that was measured may have decayed to nothing.
-            self._estimated = (variance / measured, norm / weight - share / measured) if measured else _NOT_KNOWN
+            if measured:
+                grad_variance = variance / measured
+                # Updates since the last measured one are taken to be as noisy as those before.
+                mean_share = (share + self._gap[1] * grad_variance) / (measured + self._gap[0])
+                self._estimated = grad_variance, norm / weight - mean_share
+            else:  # all that was measured may have decayed to nothing
+                self._estimated = _NOT_KNOWN
         return self._estimated
 
     def state_dict(self) -> dict[str, Any]:
