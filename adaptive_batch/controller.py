@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adaptive_batch.lr_scaling import Age, GroupValues, LRScaling, NoScaling, resolve_lr_scaling
+from adaptive_batch.lr_scaling import Age, GroupValues, LRScaling, NoScaling, corrects_bias, resolve_lr_scaling
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.noise import GradientNoiseScale, InnerProducts, two_batch_estimate
 from adaptive_batch.policies import (
@@ -308,10 +308,8 @@ class BatchSizeController:
         Raises:
             ValueError: with the reason.
         """
-        steps = _steps_of(optimizer)
-        if steps == 0 or steps > self._age.updates:  # a new one, or older than this controller
-            self._age = Age(steps, float(steps))
-        self._tell_age()
+        if any(map(corrects_bias, optimizer.param_groups)):
+            self._take_age_of(optimizer)
         check = getattr(self.lr_scaling, "check", None)
         if check is not None and self.max_batch_size is not None and self.reference_batch_size is not None:
             check(optimizer, self.max_batch_size / self.reference_batch_size)
@@ -349,6 +347,12 @@ class BatchSizeController:
         assert self.batch_size is not None
         self._updates = measurement.update
         return self._decide(replace(measurement, batch_size=self.batch_size, step_time=self.step_time))
+
+    def _take_age_of(self, optimizer: Optimizer) -> None:
+        steps = _steps_of(optimizer)
+        if steps == 0 or steps > self._age.updates:  # a new one, or older than this controller
+            self._age = Age(steps, float(steps))
+        self._tell_age()
 
     def _grow_older(self, samples: int) -> None:
         """By an update; a tail counts for no less than the reference size would have given it."""

@@ -91,7 +91,9 @@ class Model(pl.LightningModule):
         self.used_lr = 0.0  # a batch that makes no update uses none
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        optimizer: Any = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        if self.scheduler == "adam":
+            return torch.optim.Adam(self.parameters(), lr=0.01)
         if self.scheduler == "plateau":
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.5)
             return [optimizer], [{"scheduler": plateau, "monitor": "val_loss"}]
@@ -208,6 +210,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     "validation by batches": {"val_check_interval": 5, "check_val_every_n_epoch": None},
     "clock gain": {"callback": {"schedule_clock": "gain", "lr_scaling": "adascale"}},
     "clock updates": {"callback": {"schedule_clock": "updates"}, "scheduler": "fixed"},
+    "half-life betas": {"callback": {"lr_scaling": "auto"}, "scheduler": "adam"},
     "drop_last": {"data": lambda: loader(SAMPLES, 8, drop_last=True)},
     "workers": {"data": lambda: loader(SAMPLES, 8, num_workers=1)},
     "persistent workers": {"data": lambda: loader(SAMPLES, 8, num_workers=2, persistent_workers=True)},
