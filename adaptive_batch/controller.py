@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adaptive_batch.lr_scaling import Age, GroupValues, LRScaling, NoScaling, corrects_bias, resolve_lr_scaling
+from adaptive_batch.ages import Ages
+from adaptive_batch.arguments import check_flags
+from adaptive_batch.lr_scaling import GroupValues, LRScaling, NoScaling, resolve_lr_scaling
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.noise import GradientNoiseScale, InnerProducts, two_batch_estimate
 from adaptive_batch.policies import (
@@ -150,6 +152,8 @@ class BatchSizeController:
                 raise ValueError(f"{name}={value!r} must be a positive whole number.")
         if reference_batch_size is not None and not _is_count(reference_batch_size, least=1):
             raise ValueError(f"reference_batch_size={reference_batch_size!r} must be a positive whole number, or None.")
+        if quantize is not None:
+            check_flags(quantize=quantize)
         self.policy = resolve_policy(policy)
         self.lr_scaling = resolve_lr_scaling(lr_scaling, policy=self.policy)
         self.min_batch_size = min_batch_size
@@ -180,7 +184,7 @@ class BatchSizeController:
         self._last_noise_scale = self._rate_noise_scale = math.nan
         self._estimates = (math.nan, math.nan, math.nan)
         self._peak_lr = math.nan
-        self._age = Age(0, 0.0)
+        self._ages = Ages()
         self._newest = (0, math.nan, math.nan)  # update, |G|^2 and tr(Sigma) of the last measured one
 
     @property
@@ -280,9 +284,10 @@ class BatchSizeController:
         """Factor on a loss that is a sum over ``batch_size`` samples.
 
         Rules speak of mean gradients. A sum grows with its samples by itself, which would scale twice: it is kept at
-        that of the reference size, unless the rate is not scaled at all.
+        that of the reference size, unless the rate is not scaled, and not because of what the policy is.
         """
-        scales = hasattr(self.policy, "lr_factor") or not isinstance(self.lr_scaling, NoScaling)
+        owns = hasattr(self.policy, "lr_factor") or hasattr(self.policy, "auto_lr_scaling")
+        scales = owns or not isinstance(self.lr_scaling, NoScaling)
         if not scales or self._keeps_all or self.reference_batch_size is None:
             return 1.0
         return self.reference_batch_size / batch_size
@@ -297,19 +302,30 @@ class BatchSizeController:
         values = getattr(self.lr_scaling, "group_values", None)
         if values is None or self.reference_batch_size is None:
             return None
-        if batch_size == self.reference_batch_size and self._age.updates == self._age.reference_updates:
-            return None  # there has been no other size
+        if batch_size == self.reference_batch_size and self._ages.saw_one_size:
+            return None
         scale = batch_size / self.reference_batch_size
-        return lambda group: values(group, scale, factor)
+
+        def values_of(group: Mapping[str, Any]) -> Mapping[str, Any]:
+            if hasattr(self.lr_scaling, "age"):
+                self.lr_scaling.age = self._ages.of(group)
+            changed: Mapping[str, Any] = values(group, scale, factor)
+            return changed
+
+        return values_of
+
+    def count_step(self, optimizer: Optimizer, batch_size: float) -> None:
+        """An optimizer has made a step with the rate for ``batch_size`` samples."""
+        assert self.reference_batch_size is not None
+        self._ages.count_step(optimizer, batch_size / self.reference_batch_size)
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse a rule that has no meaning for this optimizer up to the largest size.
+        """Take up an optimizer; refuse a rule that has no meaning for it up to the largest size.
 
         Raises:
             ValueError: with the reason.
         """
-        if any(map(corrects_bias, optimizer.param_groups)):
-            self._take_age_of(optimizer)
+        self._ages.follow(optimizer)
         check = getattr(self.lr_scaling, "check", None)
         if check is not None and self.max_batch_size is not None and self.reference_batch_size is not None:
             check(optimizer, self.max_batch_size / self.reference_batch_size)
@@ -325,7 +341,6 @@ class BatchSizeController:
         if self.batch_size is None:
             self.batch_size = self.reference_batch_size
         self._pending.append(measurement)
-        self._grow_older(measurement.batch_size)
         self._rewarmed += self._is_at_size(measurement.batch_size)
         if math.isfinite(measurement.lr) and not measurement.lr <= self._peak_lr:
             self._peak_lr = measurement.lr
@@ -347,24 +362,6 @@ class BatchSizeController:
         assert self.batch_size is not None
         self._updates = measurement.update
         return self._decide(replace(measurement, batch_size=self.batch_size, step_time=self.step_time))
-
-    def _take_age_of(self, optimizer: Optimizer) -> None:
-        steps = _steps_of(optimizer)
-        if steps == 0 or steps > self._age.updates:  # a new one, or older than this controller
-            self._age = Age(steps, float(steps))
-        self._tell_age()
-
-    def _grow_older(self, samples: int) -> None:
-        """By an update; a tail counts for no less than the reference size would have given it."""
-        assert self.batch_size is not None and self.reference_batch_size is not None
-        counted = max(samples, min(self.batch_size, self.reference_batch_size))
-        updates, reference_updates = self._age
-        self._age = Age(updates + 1, reference_updates + counted / self.reference_batch_size)
-        self._tell_age()
-
-    def _tell_age(self) -> None:
-        if hasattr(self.lr_scaling, "age"):
-            self.lr_scaling.age = self._age
 
     def _is_at_size(self, samples: int) -> bool:
         """Whether an update's samples are nearer to the size in force than to the one before."""
@@ -396,7 +393,9 @@ class BatchSizeController:
             self._last_noise_scale = self._estimates[0]
         least = _least_noise_scale(noise.grad_sq_norm, noise.interval(RATE_EVIDENCE))
         if least is not None:
-            self._rate_noise_scale = least
+            # A single wild batch can hide a scale that was identified, which is then not the less.
+            hidden = math.isnan(self._estimates[0]) and not math.isnan(self._last_noise_scale)
+            self._rate_noise_scale = max(least, self._rate_noise_scale) if hidden else least
         return losses / samples if samples else math.nan
 
     def _estimate(self) -> GradientNoiseScale:
@@ -507,9 +506,11 @@ class BatchSizeController:
         size = self._clamp(proposal)
         if size == m.batch_size < proposal and getattr(self._active, "is_test", False):
             size = self._bounded(size + self.multiple_of, m)  # too large a step for its proposal to round to
-        if size == m.batch_size:
-            return _Stay()
-        return Decision(size, m.batch_size, f"{m.batch_size} -> {size}: {self._words(m, size, proposal)}")
+        bound = self._bound_of(proposal)
+        if size != m.batch_size:
+            words = self._words_of_bounded(m, size, proposal, bound)
+            return Decision(size, m.batch_size, f"{m.batch_size} -> {size}: {words}")
+        return _Stay(bound, partial(self._words_of_bounded, m, size, proposal, bound)) if bound else _Stay()
 
     def _proposal(self, policy: Policy, m: Measurement) -> float:
         """A policy's answer; on several ranks all members of a combination answer as on rank 0."""
@@ -578,7 +579,7 @@ class BatchSizeController:
         if goodput is not None and size > m.batch_size:
             all_noise = replace(m, noise_scale=math.inf)
             if goodput(size, all_noise) < (1 + MIN_PROMISE) * goodput(m.batch_size, all_noise):
-                return _Stay("cost", lambda: f"it would not pay at any noise scale{self._cost_in_words(m)}")
+                return _Stay("cost", lambda: f"it would not pay at any noise scale{self._cost_in_words(m, size)}")
         return _Stay("noise", lambda: "the gradient noise scale is not identified yet")
 
     @property
@@ -586,12 +587,19 @@ class BatchSizeController:
         return self._updates - self._changed_at < MIN_DWELL
 
     def _trial(self, m: Measurement) -> Decision | _Stay:
-        """A step up only to learn its time, where at most a third of its samples is wasted, whatever that is."""
-        size = self._bounded(self._grid_above(m.batch_size), m)
+        """A step only to learn its time, up from surely below the noise scale or down from surely above.
+
+        Whatever that time is, at most a third of its samples, or of its time, is wasted.
+        """
+        low, high = m.interval
+        beyond = self._grid_above if m.batch_size <= low else self._grid_below
+        size = self._bounded(beyond(m.batch_size), m)
         timed = math.isfinite(self.step_time.predict(m.batch_size))
-        if not timed or self._is_new or size == m.batch_size or not m.batch_size <= m.interval[0]:
+        if not timed or self._is_new or size == m.batch_size or low < m.batch_size < high or math.isnan(low):
             return _Stay("step time", lambda: "the time of a larger update is not known yet")
-        words = f"{_words.noise_scale(m)}, to learn the time of a larger update"
+        words = (
+            f"{_words.noise_scale(m)}, to learn the time of a {'larger' if size > m.batch_size else 'smaller'} update"
+        )
         return Decision(size, m.batch_size, f"{m.batch_size} -> {size}: {words}")
 
     def _stay_at(self, m: Measurement, proposal: float) -> _Stay:
@@ -600,7 +608,9 @@ class BatchSizeController:
         if proposal > m.batch_size == largest:
             return _Stay("maximum", lambda: f"{words()}, max_batch_size is {largest}")
         if proposal < m.batch_size == smallest:
-            return _Stay("minimum", lambda: f"{words()}{self._cost_in_words(m)}, min_batch_size is {smallest}")
+            return _Stay(
+                "minimum", lambda: f"{words()}{self._cost_in_words(m, 2 * m.batch_size)}, min_batch_size is {smallest}"
+            )
         if proposal == m.batch_size:
             return _Stay("best", words)
         return _Stay("near", lambda: f"{words()}, {_words.count(proposal)} is less than a factor of two away")
@@ -627,19 +637,33 @@ class BatchSizeController:
                 f"promise {size}",
                 lambda: (
                     f"{_words.noise_scale(m)}, {size} promises {_words.percent(promise)} goodput, less than "
-                    f"{_words.percent(1 + MIN_PROMISE)}{self._cost_in_words(m)}"
+                    f"{_words.percent(1 + MIN_PROMISE)}{self._cost_in_words(m, size)}"
                 ),
             )
         if not goodput(size, doubtful) >= goodput(m.batch_size, doubtful):
             return _Stay("interval", lambda: f"{_words.noise_scale(m)} does not rule out a loss of goodput at {size}")
         return None
 
-    def _cost_in_words(self, m: Measurement) -> str:
-        """What twice the size costs, for policies that count time."""
-        ratio = self.step_time.predict(2 * m.batch_size) / self.step_time.predict(m.batch_size)
+    def _cost_in_words(self, m: Measurement, size: int) -> str:
+        """What an update of another size costs, for policies that count time."""
+        ratio = self.step_time.predict(size) / self.step_time.predict(m.batch_size)
         if "step_time" not in self.policy_needs or math.isnan(ratio):
             return ""
-        return f", an update of {2 * m.batch_size} takes {ratio:.2f} times as long"
+        return f", an update of {size} takes {ratio:.2f} times as long"
+
+    def _bound_of(self, proposal: float) -> str:
+        """Which bound keeps the size from what is proposed, if one does."""
+        smallest, largest = self._bounds
+        whole = round(proposal)
+        return "max_batch_size" if whole > largest else "min_batch_size" if whole < smallest else ""
+
+    def _words_of_bounded(self, m: Measurement, size: int, proposal: float, bound: str) -> str:
+        """Why ``size``, for a policy whose proposal is followed as far as the ``bound`` allows."""
+        words = self._words(m, size, proposal)
+        if not bound:
+            return words
+        wanted = f"{_words.count(proposal)} is wanted, but " if hasattr(self.policy, "reason") else ""
+        return f"{words}, {wanted}{bound} is {size}"
 
     def _bound_in_words(self, present: int, size: int) -> str:
         """What moves the ``present`` size to ``size``."""
@@ -712,7 +736,7 @@ class BatchSizeController:
             "noise_scale": self._last_noise_scale,
             "rate_noise_scale": self._rate_noise_scale,
             "peak_lr": self._peak_lr,
-            "age": list(self._age),
+            "ages": self._ages.state_dict(),
             "newest": list(self._newest),
             "noise": [noise.state_dict() for noise in self._noises],
             "inner_products": self.inner_products.state_dict(),
@@ -755,8 +779,7 @@ class BatchSizeController:
         self._measured_run = state["measured_run"]
         self._last_noise_scale, self._rate_noise_scale = state["noise_scale"], state["rate_noise_scale"]
         self._peak_lr = state["peak_lr"]
-        self._age = Age(*state["age"])
-        self._tell_age()
+        self._ages.load_state_dict(state["ages"])
         update, sq_norm, variance = state["newest"]
         self._newest = (update, sq_norm, variance)
         self._estimate()
@@ -769,11 +792,6 @@ def _least_noise_scale(grad_sq_norm: float, interval: tuple[float, float]) -> fl
     """
     low, high = interval
     return low if grad_sq_norm > 0 and low < math.inf and (low > 0 or high < math.inf) else None
-
-
-def _steps_of(optimizer: Optimizer) -> int:
-    """Steps that an optimizer has made already, as far as it counts them."""
-    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
 
 def check_bounds(min_batch_size: int | None, max_batch_size: int | None) -> None:
@@ -848,6 +866,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_age(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_count(value[0]) and _is_number(value[1])
+
+
 def _is_size(value: object) -> bool:
     return _is_count(value, least=1)
 
@@ -869,7 +891,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "noise_scale": lambda value: _is_number(value) and not value < 0,
     "rate_noise_scale": lambda value: _is_number(value) and not value < 0,
     "peak_lr": _is_number,
-    "age": lambda value: isinstance(value, list) and len(value) == 2 and _is_count(value[0]) and _is_number(value[1]),
+    "ages": lambda value: isinstance(value, list) and all(map(_is_age, value)),
     "noise": lambda value: isinstance(value, list) and len(value) == len(NOISE_MEMORY_FRACTIONS),
     "newest": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_number, value)),
     "pending": lambda value: isinstance(value, list),

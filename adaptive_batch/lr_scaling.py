@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
 from torch import Tensor
+
+from adaptive_batch.ages import Age, corrects_bias
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaScale",
     "AdamScale",
-    "Age",
     "HeavyBallScaling",
     "LRScaling",
     "LinearScaling",
@@ -46,7 +47,7 @@ class LRScaling(Protocol):
     - ``group_values(group, scale, factor) -> dict`` gives what other entries a parameter group should have for
       an update of ``scale`` times the reference size; it is put back after the update. An ``lr`` among them stands for
       the whole rate, ``factor`` included.
-    - ``age: Age`` is kept up to date, where the rule has it.
+    - ``age: Age``, where the rule has it, is set to that of the group before.
     - ``rewarm: int``, updates over which the rate rises to its new value after the size has grown.
     - ``check(optimizer, scale)`` raises a ValueError where the rule has no meaning up to that scale.
     """
@@ -82,13 +83,6 @@ def gain(batch_size: float, reference_batch_size: float, noise_scale: float) -> 
     if math.isinf(noise_scale):
         return k
     return (1 + noise_scale / reference_batch_size) / (1 + noise_scale / batch_size)
-
-
-class Age(NamedTuple):
-    """How far a run is: the optimizer's steps so far, and how many of the reference size they are worth in samples."""
-
-    updates: int
-    reference_updates: float
 
 
 class _Rule:
@@ -135,13 +129,17 @@ class _Rule:
             factor: that of the learning rate.
         """
         values: dict[str, Any] = {}
+        correction: Any = 1.0
         if self.betas == "half_life":
             values |= _with_decays(group, keep=lambda beta: beta, forget=lambda beta: beta**scale)
             correction = _bias_correction(group["betas"][1], scale, self.age) if corrects_bias(group) else 1.0
-            if correction != 1:
-                values["lr"] = group["lr"] * factor * correction
-        if self.weight_decay and group.get("weight_decay") and group.get("decoupled_weight_decay", True):
-            values["weight_decay"] = group["weight_decay"] * scale / factor
+        if correction != 1:
+            values["lr"] = group["lr"] * factor * correction
+        decay = group.get("weight_decay")
+        if decay and group.get("decoupled_weight_decay", True):
+            kept = decay * scale / factor if self.weight_decay else decay
+            if kept is not decay or correction != 1:  # the correction is of the moments, which decay has no part in
+                values["weight_decay"] = kept / correction
         return values
 
 
@@ -236,7 +234,7 @@ class HeavyBallScaling(_Rule):
         super().__init__(**options)
         self._momentum = momentum
         self.nesterov = nesterov
-        if not 0 <= self.momentum < 1:
+        if not isinstance(self.momentum, SupportsFloat) or not 0 <= self.momentum < 1:
             raise ValueError(
                 f"momentum={self.momentum!r} cannot be a heavy ball's: pass the optimizer's, from 0 to below 1."
             )
@@ -329,9 +327,9 @@ class SDEScaling(_Rule):
         for beta in (float(beta) for group in optimizer.param_groups for beta in _least_decays(group)):
             if 0 < beta < 1 and scale * (1 - beta) >= 1 - _ROUNDING:
                 raise ValueError(
-                    f'lr_scaling="sde" would set beta={beta:g} to {1 - scale * (1 - beta):.3g} at max_batch_size, '
-                    f"{scale:g} times the reference size, and holds below {1 / (1 - beta):.4g} times only: lower "
-                    'max_batch_size, or use SDEScaling(betas="half_life").'
+                    f'lr_scaling="sde" would set beta={beta:g} to {1 - scale * (1 - beta):.3g} at the '
+                    f"largest size, {scale:g} times the reference size, and holds below {1 / (1 - beta):.4g} times "
+                    'only: pass a lower max_batch_size, or use SDEScaling(betas="half_life").'
                 )
 
 
@@ -340,11 +338,6 @@ def _decays(group: Mapping[str, Any]) -> tuple[Any, ...]:
     if "betas" in group:
         return tuple(group["betas"])
     return (group["alpha"],) if "alpha" in group and "centered" in group else ()  # ASGD's alpha is something else
-
-
-def corrects_bias(group: Mapping[str, Any]) -> bool:
-    """Whether a parameter group is one of Adam, AdamW or NAdam, which divide their moments by ``1 - beta^t``."""
-    return "betas" in group and ("amsgrad" in group or "momentum_decay" in group) and group.get("lr") is not None
 
 
 def _bias_correction(beta: Any, scale: float, age: Age) -> Any:
@@ -435,7 +428,9 @@ def resolve_lr_scaling(
         if hasattr(policy, "auto_lr_scaling"):
             return resolve_lr_scaling(policy.auto_lr_scaling)
         if optimizer is None:
-            raise ValueError('lr_scaling="auto" picks by the optimizer: pass one, or name a rule.')
+            raise ValueError(
+                'lr_scaling="auto" picks by the optimizer, which is not known here: pass one, or name a rule.'
+            )
         return _auto_rule(optimizer)
     found = _found(rule)
     if owns_lr and not isinstance(found, NoScaling):
@@ -465,8 +460,42 @@ GroupValues = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """``group -> entries that it should have``."""
 
 
+class Scaled:
+    """Parameter groups whose values are others for a while.
+
+    Attributes:
+        own: for each group, its own values of what is different in it.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: float, values: GroupValues | None) -> None:
+        self._groups = list(optimizer.param_groups)
+        self._factor, self._values = factor, values
+        self._set = [_changes(group, factor, values) for group in self._groups]
+        self.own = [
+            {name: _copy(group[name]) for name in change} for group, change in zip(self._groups, self._set, strict=True)
+        ]
+        for group, change in zip(self._groups, self._set, strict=True):
+            _write(group, change)
+
+    def take_over(self) -> None:
+        """A rate that has been set since is the group's own, and scaled like it."""
+        for index, (group, change) in enumerate(zip(self._groups, self._set, strict=True)):
+            lr = group.get("lr")
+            if "lr" not in change or isinstance(lr, Tensor) or lr == change["lr"]:
+                continue
+            _write(group, {**self.own[index], "lr": lr})
+            self._set[index] = _changes(group, self._factor, self._values)
+            self.own[index]["lr"] = lr
+            _write(group, self._set[index])
+
+    def put_back(self) -> None:
+        """The groups have their own values again, exactly."""
+        for group, own in zip(self._groups, self.own, strict=True):
+            _write(group, own)
+
+
 @contextmanager
-def scaled_lr(optimizer: Optimizer, factor: float, values: GroupValues | None = None) -> Iterator[list[dict[str, Any]]]:
+def scaled_lr(optimizer: Optimizer, factor: float, values: GroupValues | None = None) -> Iterator[Scaled]:
     """The learning rates times ``factor``, put back exactly however the block ends.
 
     Args:
@@ -475,20 +504,13 @@ def scaled_lr(optimizer: Optimizer, factor: float, values: GroupValues | None = 
         values: gives other entries of a group that are to hold inside the block.
 
     Yields:
-        For each group its own values of what is different in it meanwhile.
+        What holds inside the block, and what the groups have of their own.
     """
-    groups = list(optimizer.param_groups)
-    changes = [_changes(group, factor, values) for group in groups]
-    saved = [{name: _copy(group[name]) for name in change} for group, change in zip(groups, changes, strict=True)]
-    for group, change in zip(groups, changes, strict=True):
-        for name, value in change.items():
-            _set(group, name, value)
+    scaled = Scaled(optimizer, factor, values)
     try:
-        yield saved
+        yield scaled
     finally:
-        for group, own in zip(groups, saved, strict=True):
-            for name, value in own.items():
-                _set(group, name, value)
+        scaled.put_back()
 
 
 def scheduled_lr(optimizer: Optimizer) -> float:
@@ -513,11 +535,12 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _set(group: dict[str, Any], name: str, value: Any) -> None:
-    if isinstance(group[name], Tensor):
-        group[name].detach().copy_(value)  # in place: a captured graph holds on to this tensor
-    else:
-        group[name] = value
+def _write(group: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(group[name], Tensor):
+            group[name].detach().copy_(value)  # in place: a captured graph holds on to this tensor
+        else:
+            group[name] = value
 
 
 def _least_momentum(optimizer: Optimizer) -> float:

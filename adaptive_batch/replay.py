@@ -27,7 +27,8 @@ def replay(
     """What a policy would have decided, asked with the measurements of a recorded run.
 
     Its own decisions have no effect on the measurements: gradient noise, loss and learning rate are those of the run as
-    it was. That is exact for a policy that decides as the recorded one did, and a first answer for any other.
+    it was. That is exact for the policy of the run, unless it goes by step times: those of single passes are not
+    recorded. For any other it is a first answer.
 
     Schedules, functions and policies that go by loss and learning rate can be replayed on any run. Those that go by
     gradient noise need one that measured it: record it under such a policy, with ``dry_run=True`` if nothing
@@ -46,7 +47,10 @@ def replay(
 
     Raises:
         ValueError: if the run has no decisions, or did not measure what the policy needs.
+        TypeError: if ``history`` is none.
     """
+    if not isinstance(history, History):
+        raise TypeError(f"{history!r} is no history: pass the history of a callback or trainer.")
     if not history.measurements:
         raise ValueError("the history has no decisions to replay: pass that of a run with a controller.")
     asked = copy.deepcopy(resolve_policy(policy))

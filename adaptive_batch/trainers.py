@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
-from adaptive_batch.arguments import check_choice, check_micro_batch_size
+from adaptive_batch.arguments import check_choice, check_micro_batch_size, check_seed
 from adaptive_batch.clocks import PlainEpoch, SampleClock
 from adaptive_batch.controller import BatchSizeController
 from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
@@ -59,6 +59,7 @@ class _Trainer:
             raise ValueError(
                 "ReduceLROnPlateau waits for a metric that the trainer does not have; step it between fits."
             )
+        check_seed(seed)
         self.model = model
         self.loss_fn = loss_fn
         self.optimizer = optimizer
@@ -267,6 +268,8 @@ class _Trainer:
             )
             with scaled_lr(self.optimizer, factor, values):
                 self.optimizer.step(closure)  # type: ignore[arg-type]  # tensors are welcome
+            if self._controller is not None:
+                self._controller.count_step(self.optimizer, counted)
             last_mark = mark(executor.device)
             sampler.draws.popleft()  # consumed only now, also for a state that is saved after an error
             self._position = draw.position
@@ -550,6 +553,7 @@ class MiniBatchTrainer(_Trainer):
     Raises:
         ValueError: for a size below 1, a ``batch_size`` that is not the controller's reference size, or another
             argument that is not one of the above.
+        TypeError: for a ``controller`` that is none.
     """
 
     def __init__(
@@ -587,6 +591,8 @@ class MiniBatchTrainer(_Trainer):
             warn_of_splitting(model)
         self._controller = controller
         if controller is not None:
+            if not isinstance(controller, BatchSizeController):
+                raise TypeError(f"controller={controller!r} decides nothing: pass a BatchSizeController, or None.")
             controller.record = self.history.measurements.append
             self._largest = controller.max_batch_size
             if batch_size is not None and controller.reference_batch_size not in (None, batch_size):

@@ -7,12 +7,14 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from adaptive_batch.arguments import check_flags, check_seed
 from adaptive_batch.callbacks import _lightning
 from adaptive_batch.callbacks._books import EpochBooks, LoaderLimits, plain_epoch
 from adaptive_batch.callbacks._executor import WeightFn
@@ -26,14 +28,14 @@ from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
 from adaptive_batch.distributed import Agreement, SharedOrder, broadcast, gather
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.iterable import Requests, count_samples
-from adaptive_batch.lr_scaling import LRScaling, gain, has_lr, resolve_lr_scaling, scaled_lr, scheduled_lr
+from adaptive_batch.lr_scaling import LRScaling, Scaled, gain, has_lr, resolve_lr_scaling, scaled_lr, scheduled_lr
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.memory import resident_bytes
 from adaptive_batch.micro_batching import UNEQUAL
 from adaptive_batch.noise.schedule import measures_noise
 from adaptive_batch.noise.sources import check_source
 from adaptive_batch.order import SeededOrder
-from adaptive_batch.policies import Policy, resolve_policy
+from adaptive_batch.policies import DontDecay, Policy, Seesaw, resolve_policy
 from adaptive_batch.shares import balanced_weights
 from adaptive_batch.timing import Elapsed, Mark, mark
 from adaptive_batch.user_batches import UserBatchSampler
@@ -145,6 +147,8 @@ class AdaptiveBatchSize(CallbackBase):
     ) -> None:
         check_bounds(min_batch_size, max_batch_size)
         check_choice("schedule_clock", schedule_clock, _CLOCKS)
+        check_flags(self_check=self_check, balance_ranks=balance_ranks, dry_run=dry_run, verbose=verbose)
+        check_seed(seed)
         check_function("batch_size_of", batch_size_of)
         self._noise = check_source(noise, ("micro_batches", "per_example", "probe"))
         self._policy = resolve_policy(policy)
@@ -206,7 +210,8 @@ class AdaptiveBatchSize(CallbackBase):
         self._began = False  # between on_train_start and the end
         self._taken_up = False  # the loader's side of a checkpoint
         self._draw_at_hand: Draw | None = None  # of the batch that the loop is in
-        self._own_values: list[dict[str, Any]] = []  # of the parameter groups, while others are in their place
+        self._scaled: Scaled | None = None  # while parameter groups have other values than their own
+        self._bare_rates, self._bare_steps = ExitStack(), 0  # for steps that go past the strategy
 
     @property
     def batch_size(self) -> int | None:
@@ -444,6 +449,19 @@ class AdaptiveBatchSize(CallbackBase):
                 "from train_dataloader."
             )
         self._controller.check_optimizer(trainer.optimizers[0])
+        self._watch_bare_steps(trainer.optimizers[0])
+        if self._reference == 1 and "noise" in self._controller.needs:
+            warnings.warn(
+                "AdaptiveBatchSize cannot measure the gradient noise of updates of a single sample, so what needs it "
+                "stays as it is; start with a batch_size of at least 2.",
+                stacklevel=2,
+            )
+        if isinstance(self._policy, DontDecay | Seesaw) and not trainer.lr_scheduler_configs:
+            self._say(
+                trainer,
+                f'policy="{self._policy.name}" grows the batch as the learning rate decays, but configure_optimizers '
+                "returned no scheduler that would lower it; return one, unless the module does that by itself.",
+            )
         # MemoryMonitor measures every update.
         self._memory_is_logged = any(isinstance(c, MemoryMonitor) for c in _lightning.callbacks_of(trainer))
         self._books.sync()
@@ -494,15 +512,17 @@ class AdaptiveBatchSize(CallbackBase):
             waited,
             global_samples=max(self._drawn, self._rows),
             counted=None if self._batch_size_of is None else (self._local_samples, draw.size),
-            sum_factor=self._sum_factor(draw),
+            sum_factor=self._sum_factor(),
         )
         if self._manual:
             self._executor.micro_batch_size = max(self._executor.micro_batch_size, self._rows)
         self._books.start_batch()
 
-    def _sum_factor(self, draw: Draw) -> float:
-        """Factor on the loss of a batch, if it is a sum."""
-        return self._controller.sum_factor(self._counts_for(draw) * self._plain.accumulate)
+    def _sum_factor(self) -> float:
+        """Factor on the loss of a batch, if it is a sum: the same for all samples of an update."""
+        if self._dry_run:
+            return 1.0
+        return self._controller.sum_factor(self._counts_for(self._window[0]) * self._plain.accumulate)
 
     def _draw_of(self, trainer: Trainer, batch: Any) -> Draw:
         """The record of the batch at hand; batches of ``None`` are counted by the loop, but start no hook."""
@@ -578,7 +598,10 @@ class AdaptiveBatchSize(CallbackBase):
         last = _lightning.epoch_ends(self._trainer)
         self._counted, self._stepped, self._factor = self._counted_samples(last), True, 1.0
         self._lr = scheduled_lr(self._trainer.optimizers[0])
-        original(batch_idx, closure)
+        try:
+            original(batch_idx, closure)
+        finally:
+            self._end_bare_steps()
         if self._clock is not None:
             worth = gain(self._counted, self._reference, self._controller.rate_noise_scale)
             self._due = self._clock.advance(self._plain, self._position, worth, last=last)
@@ -588,19 +611,56 @@ class AdaptiveBatchSize(CallbackBase):
         """The step itself: what the module sets in its own ``optimizer_step`` around it is the schedule's."""
         if not self._active:
             return original(optimizer, closure, **others)
-        return self._step(lambda: original(optimizer, closure, **others), self._counted)
+
+        def closure_and_rates() -> Any:
+            result = closure()
+            if self._scaled is not None:  # training_step may have set a rate
+                self._scaled.take_over()
+            return result
+
+        with self._rates(self._counted):
+            return original(optimizer, closure_and_rates, **others)
 
     def _manual_step(self, original: Callable[..., Any], optimizer: Any, closure: Any, **others: Any) -> Any:
         """A step of training_step's own; how many batches it makes for a step is its business, and part of the rate."""
         if not self._active:
             return original(optimizer, closure, **others)
-        batches = len(self._window)
-        return self._step(
-            lambda: original(optimizer, closure, **others), round(self._counts_for(*self._window) / batches)
-        )
+        with self._rates(self._counted_manually):
+            return original(optimizer, closure, **others)
 
-    def _step(self, step: Callable[[], Any], counted: int) -> Any:
-        """An optimizer step at the rate for ``counted`` samples."""
+    @property
+    def _counted_manually(self) -> int:
+        return round(self._counts_for(*self._window) / len(self._window))
+
+    def _watch_bare_steps(self, optimizer: Any) -> None:
+        for handle in (
+            optimizer.register_step_pre_hook(self._before_bare_step),
+            optimizer.register_step_post_hook(self._after_bare_step),
+        ):
+            self._patches.later(handle.remove)
+        self._patches.later(self._end_bare_steps)
+
+    def _before_bare_step(self, *_: Any) -> None:
+        """A step that does not come by the strategy, as that of ``optimizer.optimizer`` in a module's own hook."""
+        if self._bare_steps:
+            self._bare_steps += 1  # a class's step calls that of the class above, which has the hook as well
+        elif self._scaled is None and self._draw_at_hand is not None and self._active:
+            self._bare_steps = 1
+            self._bare_rates.enter_context(self._rates(self._counted_manually if self._manual else self._counted))
+
+    def _after_bare_step(self, *_: Any) -> None:
+        self._bare_steps = max(0, self._bare_steps - 1)
+        if not self._bare_steps:
+            self._bare_rates.close()
+
+    def _end_bare_steps(self) -> None:
+        """However they ended."""
+        self._bare_steps = 0
+        self._bare_rates.close()
+
+    @contextmanager
+    def _rates(self, counted: int) -> Iterator[None]:
+        """For an optimizer step: the rate for ``counted`` samples."""
         assert self._trainer is not None
         optimizer = self._trainer.optimizers[0]
         self._stepped = True
@@ -610,11 +670,12 @@ class AdaptiveBatchSize(CallbackBase):
         if not self._dry_run and has_lr(optimizer):
             self._factor = self._controller.lr_factor(counted, self._lr)
             values = self._controller.group_values(counted, self._factor)
-        with scaled_lr(optimizer, self._factor, values) as self._own_values:
+        with scaled_lr(optimizer, self._factor, values) as self._scaled:
             try:
-                return step()
+                yield
             finally:
-                self._own_values = []
+                self._scaled = None
+        self._controller.count_step(optimizer, self._reference if self._dry_run else counted)
 
     @property
     def _plain(self) -> PlainEpoch:
@@ -862,9 +923,9 @@ class AdaptiveBatchSize(CallbackBase):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """What is each rank's own goes into the checkpoint; one that comes of an exception is made by whoever can."""
         _lightning.remove_loader_states(checkpoint)
-        if self._own_values:  # the checkpoint is made inside an update, as by a handler of a signal
+        if self._scaled is not None:  # the checkpoint is made inside an update, as by a handler of a signal
             saved = checkpoint.get("optimizer_states") or [{}]  # which some strategies give to one rank alone
-            for group, own in zip(saved[0].get("param_groups", ()), self._own_values, strict=False):
+            for group, own in zip(saved[0].get("param_groups", ()), self._scaled.own, strict=False):
                 group |= own
         state = checkpoint["callbacks"].get(self.state_key, {})
         if trainer.world_size > 1 and "ranks" in state and self._began:

@@ -259,6 +259,15 @@ class TestGoodputInSimulation:
         assert first.reason.endswith("to learn the time of a larger update")
         assert 70 <= run.batch_size <= 290
 
+    def test_a_smaller_time_that_no_pass_tells_is_learned_by_one_step_down(self):
+        controller = controller_of(min_batch_size=B0)
+        controller.batch_size = 16 * B0
+        run = Run(controller, phi=40.0, passes=False, time=lambda b: b / 32).steps(1500)
+        first = run.changes[0][1]
+        assert (first.previous, first.batch_size) == (16 * B0, 8 * B0)
+        assert first.reason.endswith("to learn the time of a smaller update")
+        assert run.batch_size == B0
+
     @pytest.mark.parametrize("seed", range(4))
     def test_a_size_below_the_noise_scale_is_enough_to_learn_the_time(self, seed):
         run = Run(controller_of(), phi=60.0, passes=False, time=lambda b: 40 + b / 32, seed=seed).steps(1500)
@@ -868,3 +877,42 @@ class TestSizesThatAreSlow:
         assert run.batch_size <= 256
         fixed["cost"] = 40.0
         assert run.steps(2500).batch_size >= 512
+
+
+@pytest.mark.parametrize("size", [1e3, 1e4, 1e6])
+def test_a_wild_batch_does_not_take_an_identified_noise_scale_from_the_rate(size: float) -> None:
+    def wild(m: Measurement) -> Measurement:
+        return replace(m, sq_norm=size) if m.update == 601 and not m.part_sq_norms else m
+
+    controller = controller_of("noise_scale", max_batch_size=8 * B0)
+    run = Run(controller, phi=400.0, edit=wild).steps(600)
+    assert run.batch_size == 8 * B0 and not measures_noise(600)
+    before = controller.lr_factor(8 * B0)
+    assert before > 4
+    for _ in range(300):
+        run.step()
+        assert controller.lr_factor(8 * B0) > 0.9 * before or math.isfinite(controller.estimates[0])
+    assert controller.lr_factor(8 * B0) > 0.6 * before
+
+
+def test_a_bound_that_keeps_a_schedule_from_its_size_is_named() -> None:
+    def first(policy: Any, **options: Any) -> tuple[Decision | None, str | None]:
+        controller = controller_of(policy, lr_scaling="none", adjust_every=1, **options)
+        return Run(controller, jitter=0.0).step(), controller.note
+
+    grown, _ = first(Milestones({0: 1024}), max_batch_size=100)
+    assert grown is not None
+    assert grown.reason == "32 -> 100: milestone at 0 epochs, 1024 is wanted, but max_batch_size is 100"
+    assert first(Milestones({0: 8}), min_batch_size=B0) == (
+        None,
+        "32 stays: milestone at 0 epochs, 8 is wanted, but min_batch_size is 32",
+    )
+    assert first(lambda m: 8, min_batch_size=B0) == (None, "32 stays: <lambda> proposes 8, min_batch_size is 32")
+    assert first(lambda m: 31.7, min_batch_size=B0) == (None, None)
+    assert first(Milestones({0: 32})) == (None, None)
+
+
+def test_what_is_neither_true_nor_false_is_no_flag() -> None:
+    with pytest.raises(ValueError, match="quantize='no' must be True or False"):
+        controller_of(quantize="no")
+    assert controller_of(quantize=np.bool_(True)) is not None

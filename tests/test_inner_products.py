@@ -146,3 +146,11 @@ def test_the_size_stays_while_something_is_not_known(unknown):
 def test_thresholds_without_a_size_are_refused(arguments):
     with pytest.raises(ValueError, match="gives no size"):
         InnerProductTest(**arguments)
+
+
+def test_a_diverging_run_has_no_inner_products_rather_than_an_error():
+    assert math.isnan(inner_product_variance([1e200, 3e200], [4, 4], 1.5e200))
+    asked = measurement(batch_size=32, inner_product_variance=1.0, inner_product_sq_norm=1e-300, grad_variance=1.0)
+    assert InnerProductTest().propose(asked) == 32
+    asked = measurement(batch_size=32, inner_product_variance=1.0, inner_product_sq_norm=5e-324, grad_variance=1.0)
+    assert InnerProductTest().propose(asked) == 32

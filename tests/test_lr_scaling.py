@@ -21,7 +21,6 @@ from adaptive_batch.lr_scaling import (
     resolve_lr_scaling,
     scaled_lr,
 )
-from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import CABS, DontDecay, LossProportional, Max, OnlyGrow, Plateau, Policy, Seesaw
 
 RULES: list[LRScaling] = [
@@ -486,11 +485,12 @@ def test_steps_of_adam_are_as_long_as_the_rate_says_while_sizes_come_and_go(make
             optimizer.step()
         if make is not torch.optim.NAdam:  # whose step has a part of its own momentum's schedule
             assert before - parameter.item() == pytest.approx(1e-3 * factor, rel=1e-6)
-        controller.observe(Measurement(update=update, batch_size=size, reference_batch_size=16))
+        controller.count_step(optimizer, size)
         if update == 100:  # as on resuming
             state = controller.state_dict()
             controller = BatchSizeController(lambda m: 16, lr_scaling=rule, reference_batch_size=16)
             controller.load_state_dict(state)
+            controller.check_optimizer(optimizer)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"]) == (1e-3, (0.0, 0.999))
 
@@ -528,3 +528,26 @@ def test_a_rule_whose_factor_is_no_factor_is_refused(factor):
     controller = BatchSizeController("constant", lr_scaling=Own(), reference_batch_size=16)
     with pytest.raises(ValueError, match=r"Own gave the factor .* for 32 samples; return a number"):
         controller.lr_factor(32)
+
+
+@pytest.mark.parametrize(("weight_decay", "kept"), [(None, 1.0), ("timescale", 4.0 / 2.0)])
+def test_what_corrects_adams_bias_leaves_its_decay_alone(weight_decay, kept):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.01)
+    rule = SqrtScaling(betas="half_life", weight_decay=weight_decay)
+    controller = BatchSizeController(lambda m: 16, lr_scaling=rule, reference_batch_size=16)
+    parameter.grad = torch.ones(1)
+    controller.check_optimizer(optimizer)
+    for _ in range(20):
+        optimizer.step()
+        controller.count_step(optimizer, 16)
+    with scaled_lr(optimizer, 2.0, controller.group_values(64, 2.0)):
+        (group,) = optimizer.param_groups
+        assert group["lr"] < 0.19  # 20 of the 84 samples' worth that the optimizer takes to be there
+        assert group["lr"] * group["weight_decay"] == pytest.approx(0.1 * 2.0 * 0.01 * kept)
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.1, 0.01, (0.9, 0.999))
+
+
+def test_a_momentum_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match=r"momentum='0\.9' cannot be a heavy ball's"):
+        HeavyBallScaling("0.9")  # type: ignore[arg-type]

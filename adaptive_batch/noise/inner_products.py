@@ -33,7 +33,7 @@ def inner_product_variance(part_sq_norms: Sequence[float], part_sizes: Sequence[
         sq_norm: ``|g_B|^2``.
 
     Returns:
-        The estimate; NaN with other than two parts, or where a norm is not finite.
+        The estimate; NaN with other than two parts, or where it or a norm is not finite.
     """
     if len(part_sq_norms) != 2 or not all(map(math.isfinite, [*part_sq_norms, sq_norm])):
         return math.nan
@@ -41,7 +41,8 @@ def inner_product_variance(part_sq_norms: Sequence[float], part_sizes: Sequence[
     size = one + other
     apart = size / (one * other) * (one * first + other * second - size * sq_norm)
     inner = (first - second - (other - one) / size * apart) / 2
-    return inner**2 / (1 / one + 1 / other)
+    variance = inner * inner / (1 / one + 1 / other)  # a power would raise an error where this overflows
+    return variance if math.isfinite(variance) else math.nan
 
 
 class InnerProducts:

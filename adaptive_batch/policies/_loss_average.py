@@ -31,6 +31,14 @@ class LossAverage:
         """The average, NaN before there is a loss."""
         return self._total / self._weight if self._weight else math.nan
 
+    def start_anew(self, measurement: Measurement) -> bool:
+        """Whether this is of another run, for which a policy is used again; the first one is forgotten then."""
+        if measurement.update >= self._seen:
+            return False
+        self._total = self._weight = 0.0
+        self._seen = 0
+        return True
+
     def update(self, measurement: Measurement) -> None:
         """Take in the mean loss of the updates since the last call; the same update again changes nothing."""
         loss = float(measurement.loss)

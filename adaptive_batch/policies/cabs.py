@@ -47,6 +47,7 @@ class CABS:
 
     def propose(self, measurement: Measurement) -> float:
         """Returns ``c lr tr(Sigma) / F``; the present size while one is not known or not positive."""
+        self._loss.start_anew(measurement)
         self._loss.update(measurement)
         variance, loss = measurement.grad_variance, self._loss.mean
         if not (variance > 0 and loss > 0 and measurement.lr > 0):

@@ -45,5 +45,7 @@ class GradientDiversity:
         return max(size, diverse) if math.isfinite(diverse) else size
 
     def reason(self, measurement: Measurement, batch_size: int) -> str:
-        """Says what the size follows, such as "noise scale 410 [350, 480]"."""
-        return _words.noise_scale(measurement)
+        """Says what the size follows, such as "noise scale 410 [350, 480], diversity asks for 41.1"."""
+        diverse = self.delta * (1 + measurement.noise_scale)
+        words = _words.noise_scale(measurement)
+        return f"{words}, diversity asks for {_words.count(diverse)}" if math.isfinite(diverse) else words

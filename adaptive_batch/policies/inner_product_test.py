@@ -55,9 +55,9 @@ class InnerProductTest:
     def _sizes(self, m: Measurement) -> tuple[float, float]:
         """What the inner-product test and the orthogonality test ask for; NaN while not known."""
         sq_norm = m.inner_product_sq_norm
-        if not (sq_norm > 0 and m.inner_product_variance >= 0):
+        if not (self.theta * sq_norm > 0 and m.inner_product_variance >= 0):
             return math.nan, math.nan
-        along = m.inner_product_variance / (self.theta * sq_norm) ** 2
+        along = m.inner_product_variance / (self.theta * sq_norm) / (self.theta * sq_norm)
         if self.nu is None:
             return along, 0.0
         rest = m.grad_variance - m.inner_product_variance / sq_norm
@@ -67,7 +67,7 @@ class InnerProductTest:
         """Says what the tests ask for, such as "inner-product test asks for 93, orthogonality test for 12"."""
         along, across = self._sizes(measurement)
         if math.isnan(along):
-            return "inner products not known: they take 16 updates measured in two parts"
+            return "inner products not known: they take 16 updates in two parts, and none in more"
         words = f"inner-product test asks for {math.ceil(along)}"
         return words if self.nu is None else f"{words}, orthogonality test for {math.ceil(across)}"
 

@@ -48,11 +48,13 @@ class LossProportional:
         if initial_loss is not None and not minimum < initial < math.inf:
             raise ValueError(f"initial_loss={initial_loss} is not above minimum={minimum}: swap or correct them.")
         self.minimum = minimum
-        self._initial = initial
+        self._given = self._initial = initial
         self._loss = LossAverage(check_decay(smoothing))
 
     def propose(self, measurement: Measurement) -> float:
         """Returns the size by the formula; the present one while a loss is not known or not above ``F*``."""
+        if self._loss.start_anew(measurement):
+            self._initial = self._given
         self._loss.update(measurement)
         loss = self._loss.mean
         if math.isnan(self._initial) and loss > self.minimum:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any, Protocol, runtime_checkable
 
 from adaptive_batch.measurement import Measurement
@@ -132,8 +133,12 @@ def _a_set(policy: object, needs: Any) -> Any:
 
 def _named(name: str) -> Policy:
     if name in _WITH_ARGUMENTS:
-        raise ValueError(f"policy={name!r} needs arguments: pass {_WITH_ARGUMENTS[name]}(...) itself.")
+        raise ValueError(
+            f"policy={name!r} needs arguments: pass {_WITH_ARGUMENTS[name]}(...) of adaptive_batch.policies."
+        )
     if name not in _BY_NAME:
-        known = ", ".join(sorted({*_BY_NAME, *_WITH_ARGUMENTS}))
-        raise ValueError(f"policy={name!r} is not a known policy: use one of {known}.")
+        known = sorted({*_BY_NAME, *_WITH_ARGUMENTS})
+        alike = get_close_matches(name, known, 1)
+        first = f"{alike[0]!r}, or another" if alike else "one"
+        raise ValueError(f"policy={name!r} is not a known policy: use {first} of {', '.join(known)}.")
     return _BY_NAME[name]()
