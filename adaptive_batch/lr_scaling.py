@@ -93,9 +93,9 @@ class _Rule:
             over the same number of samples; always in (0, 1). Marek, Lotfi, Somasundaram, Wilson, Goldblum,
             NeurIPS 2025, arXiv:2507.07101. ``beta1`` stays. Adam, AdamW and NAdam correct the bias of their second
             moments as if all updates had had the present ``beta2``; the rate puts that right. None leaves both alone.
-        weight_decay: ``"timescale"`` multiplies a decoupled weight decay by ``k / factor``, so that ``B / (lr wd)``
-            samples stay its timescale: by ``sqrt(k)`` under the square-root rule, by 1 under the linear one. Bergsma
-            et al. 2025, arXiv:2505.13738. None leaves it alone.
+        weight_decay: ``"timescale"`` multiplies a weight decay that is not marked as coupled by ``k / factor``, so that
+            ``B / (lr wd)`` samples stay its timescale: by ``sqrt(k)`` under the square-root rule, by 1 under the
+            linear one. Bergsma et al. 2025, arXiv:2505.13738. None leaves it alone.
         rewarm: updates over which the factor rises linearly to that of a larger size, from that of the size before.
 
     Raises:
@@ -251,7 +251,7 @@ class HeavyBallScaling(_Rule):
         return (1 + m) / (1 - m) / (1 + 2 * m if self.nesterov else 1)
 
     def factor(self, batch_size: float, reference_batch_size: float, noise_scale: float = math.nan) -> float:
-        """Returns ``max(r, min(B / B0, s, 1 + phi / B0))``; without a noise scale ``min(B / B0, s)``."""
+        """Returns ``max(r, min(B / B0, s, 1 + phi / B0))``; without a noise scale ``max(1, min(B / B0, s))``."""
         linear = min(_scale(batch_size, reference_batch_size), self.stable)
         room = math.inf if math.isnan(noise_scale) else 1 + noise_scale / reference_batch_size
         return max(gain(batch_size, reference_batch_size, noise_scale), min(linear, room))

@@ -80,7 +80,7 @@ class AdaptiveBatchSize(CallbackBase):
         min_batch_size: smallest global batch size; ``None`` is the loader's own at the start, ``B0``.
         max_batch_size: largest; ``None`` is a tenth of the data set, at least ``B0`` (64 ``B0`` for data
             without a length).
-        lr_scaling: ``"auto"`` (by policy and optimizer: square root for Adam and its relatives, linear within bounds
+        lr_scaling: ``"auto"`` (by policy and optimizer: square root for adaptive ones like Adam, linear within bounds
             for SGD with momentum, AdaScale for SGD without, AdamScale for any other), ``"none"``, ``"linear"``,
             ``"sqrt"``, ``"adascale"``, ``"adamscale"``, ``"sde"``, or a rule of :mod:`adaptive_batch.lr_scaling`. A
             policy that sets the learning rate itself goes with ``"auto"`` and ``"none"`` only.

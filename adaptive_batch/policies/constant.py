@@ -9,7 +9,7 @@ from adaptive_batch.policies._arguments import number
 
 
 class Constant:
-    """Always the same batch size; training is then what it would be without the package.
+    """Always the same batch size; at ``B0`` training is what it would be without the package.
 
     Args:
         batch_size: the global batch size in samples; None is the reference batch size ``B0``.

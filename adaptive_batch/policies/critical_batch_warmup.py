@@ -25,7 +25,7 @@ class CriticalBatchWarmup:
     substitute: they find it to underestimate ``B*`` by orders of magnitude.
 
     At each doubling the learning rate is multiplied by ``f(2)``, on top of the schedule: ``sqrt(2)`` for Adam
-    (``lr_scaling="sqrt"``, its ``"auto"``), 2 for SGD (``"linear"``).
+    (``lr_scaling="sqrt"``; its ``"auto"`` changes ``beta2`` besides), 2 for SGD (``"linear"``).
 
     Args:
         critical: ``B*`` in samples: a function of the position, or position -> ``B*`` where it was measured,

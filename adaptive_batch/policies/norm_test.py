@@ -28,7 +28,7 @@ class NormTest:
     takes its place: the noise scale is at least that. With quantised sizes a failed test means one step up, so that it
     comes to rest at the first one that passes.
 
-    The papers keep the learning rate or choose it by line search; a scaling rule on top is the user's choice.
+    The papers keep the learning rate (``lr_scaling="none"``) or choose it by line search; ``"auto"`` scales it.
 
     Args:
         theta: largest relative error of the gradient, between 0 and 1: at 1 and above the test is passed on
