@@ -30,9 +30,10 @@ class Policy(Protocol):
     More is optional:
 
     - ``needs: frozenset[str]`` names the statistics to measure; what nobody needs is not measured, and is NaN or
-      None in the measurement. ``"noise"`` is the noise scale, NaN before it is identified, when a built-in
-      policy decides nothing; ``"variance"`` is measured alike, for policies that get on without ``|G|^2``;
-      ``"inner_products"`` is the variance of the samples' inner products with the gradient; ``"step_time"`` the model of an update's time.
+      None in the measurement. ``"noise"`` is the noise scale, NaN before it is identified, when a built-in policy
+      decides nothing; ``"variance"`` is measured alike, for policies that get on without ``|G|^2``;
+      ``"inner_products"`` is the variance of the samples' inner products with the gradient; ``"step_time"`` the model
+      of an update's time.
     - ``reason(measurement, batch_size) -> str`` says in words why that size.
     - ``state_dict()`` and ``load_state_dict(state)``, plain numbers, where it has a memory.
     - ``lr_factor(batch_size, reference_batch_size, lr) -> float``, the factor on the scheduled learning rate of
