@@ -505,7 +505,8 @@ class TestGoodputOnARealRun:
         assert callback.controller.noise.grad_variance > 0
         assert callback.controller.step_time.measured
         for change in callback.history.changes:
-            assert change.reason.startswith(f"{change.previous} -> {change.batch_size}: noise scale")
+            reasons = ("noise scale", f"{change.batch_size} takes less time per sample")  # as on a machine that is busy
+            assert change.reason.startswith(tuple(f"{change.previous} -> {change.batch_size}: {r}" for r in reasons))
         assert callback.history.changes or callback.history.notes
 
     def test_dry_run_says_what_it_would_do_and_changes_nothing(self) -> None:
@@ -655,3 +656,18 @@ def _columns() -> list[torch.Tensor]:
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"dry_run": "no"}, "dry_run='no' must be True or False"),
+        ({"verbose": "yes"}, "verbose='yes' must be True or False"),
+        ({"quantize": "no"}, "quantize='no' must be True or False"),
+        ({"seed": "x"}, "seed='x' must be a whole number, or None"),
+        ({"policy": "godput"}, "'godput' is not a known policy: use 'goodput', or another of"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused_at_once(argument: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdaptiveBatchSize(**argument)

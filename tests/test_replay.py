@@ -157,3 +157,8 @@ def test_a_run_of_the_plain_trainer_can_be_replayed():
     history = trainer.fit((torch.randn(64, 3), torch.randn(64, 1)), epochs=2)
     changes = replay(history, GeometricGrowth(2.0, 1))
     assert [(change.step, change.batch_size) for change in changes] == [(10, 16)]
+
+
+def test_what_is_no_history_is_refused():
+    with pytest.raises(TypeError, match=r"\[1\] is no history: pass the history of a callback or trainer"):
+        replay([1], "goodput")  # type: ignore[arg-type]

@@ -1028,3 +1028,12 @@ def test_a_trainer_times_parts_that_nothing_else_makes_slower_and_updates_that_r
     assert {tuple(one) for one in times["passes"]} == {(4, 2.0), (12, 4.0)}
     assert {tuple(one) for one in times["updates"]} == {(16, 5.0)}
     assert controller.noise.measurements > 10
+
+
+def test_a_controller_that_is_none_and_a_seed_that_is_none_are_refused():
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="controller='goodput' decides nothing: pass a BatchSizeController"):
+        MiniBatchTrainer(model, torch.nn.functional.mse_loss, optimizer, controller="goodput")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed='x' must be a whole number, or None"):
+        MiniBatchTrainer(model, torch.nn.functional.mse_loss, optimizer, seed="x")  # type: ignore[arg-type]
