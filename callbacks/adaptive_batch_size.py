@@ -451,10 +451,10 @@ class AdaptiveBatchSize(CallbackBase):
         self._controller.check_optimizer(trainer.optimizers[0])
         self._watch_bare_steps(trainer.optimizers[0])
         if self._reference == 1 and "noise" in self._controller.needs:
-            warnings.warn(
+            self._say(
+                trainer,
                 "AdaptiveBatchSize cannot measure the gradient noise of updates of a single sample, so what needs it "
                 "stays as it is; start with a batch_size of at least 2.",
-                stacklevel=2,
             )
         if isinstance(self._policy, DontDecay | Seesaw) and not trainer.lr_scheduler_configs:
             self._say(

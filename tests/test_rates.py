@@ -344,9 +344,10 @@ def test_all_samples_of_an_update_weigh_alike_in_a_sum() -> None:
     assert [set(update) for update in model.seen] == [{0.5}] * 3 + [{0.25}] * 3
 
 
-def test_a_size_of_one_sample_is_told_to_have_no_noise() -> None:
-    with pytest.warns(UserWarning, match="cannot measure the gradient noise of updates of a single sample"):
-        fit(Classifier(), loader(samples=8, batch_size=1), [AdaptiveBatchSize()], max_epochs=1)
+def test_a_size_of_one_sample_is_told_to_have_no_noise(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    fit(Classifier(), loader(samples=8, batch_size=1), [AdaptiveBatchSize()], max_epochs=1)
+    assert "cannot measure the gradient noise of updates of a single sample" in caplog.text
 
 
 def test_a_policy_that_waits_for_a_decay_tells_that_nothing_decays(caplog: pytest.LogCaptureFixture) -> None:
