@@ -468,7 +468,8 @@ class Scaled:
     """
 
     def __init__(self, optimizer: Optimizer, factor: float, values: GroupValues | None) -> None:
-        self._groups = list(optimizer.param_groups)
+        changes = factor != 1.0 or values is not None
+        self._groups = list(optimizer.param_groups) if changes else []
         self._factor, self._values = factor, values
         self._set = [_changes(group, factor, values) for group in self._groups]
         self.own = [

@@ -7,7 +7,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +27,7 @@ from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
 from adaptive_batch.distributed import Agreement, SharedOrder, broadcast, gather
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.iterable import Requests, count_samples
-from adaptive_batch.lr_scaling import LRScaling, Scaled, gain, has_lr, resolve_lr_scaling, scaled_lr, scheduled_lr
+from adaptive_batch.lr_scaling import LRScaling, Scaled, gain, has_lr, resolve_lr_scaling, scheduled_lr
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.memory import resident_bytes
 from adaptive_batch.micro_batching import UNEQUAL
@@ -211,7 +210,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._taken_up = False  # the loader's side of a checkpoint
         self._draw_at_hand: Draw | None = None  # of the batch that the loop is in
         self._scaled: Scaled | None = None  # while parameter groups have other values than their own
-        self._bare_rates, self._bare_steps = ExitStack(), 0  # for steps that go past the strategy
+        self._bare_steps = 0  # nested ones that go past the strategy
 
     @property
     def batch_size(self) -> int | None:
@@ -618,15 +617,13 @@ class AdaptiveBatchSize(CallbackBase):
                 self._scaled.take_over()
             return result
 
-        with self._rates(self._counted):
-            return original(optimizer, closure_and_rates, **others)
+        return self._step(lambda: original(optimizer, closure_and_rates, **others), self._counted)
 
     def _manual_step(self, original: Callable[..., Any], optimizer: Any, closure: Any, **others: Any) -> Any:
         """A step of training_step's own; how many batches it makes for a step is its business, and part of the rate."""
         if not self._active:
             return original(optimizer, closure, **others)
-        with self._rates(self._counted_manually):
-            return original(optimizer, closure, **others)
+        return self._step(lambda: original(optimizer, closure, **others), self._counted_manually)
 
     @property
     def _counted_manually(self) -> int:
@@ -646,21 +643,32 @@ class AdaptiveBatchSize(CallbackBase):
             self._bare_steps += 1  # a class's step calls that of the class above, which has the hook as well
         elif self._scaled is None and self._draw_at_hand is not None and self._active:
             self._bare_steps = 1
-            self._bare_rates.enter_context(self._rates(self._counted_manually if self._manual else self._counted))
+            self._set_rates(self._counted_manually if self._manual else self._counted)
 
     def _after_bare_step(self, *_: Any) -> None:
-        self._bare_steps = max(0, self._bare_steps - 1)
-        if not self._bare_steps:
-            self._bare_rates.close()
+        if self._bare_steps:
+            self._bare_steps -= 1
+            if not self._bare_steps:
+                self._put_rates_back()
+                self._count_step()
 
     def _end_bare_steps(self) -> None:
-        """However they ended."""
-        self._bare_steps = 0
-        self._bare_rates.close()
+        """After one that failed."""
+        if self._bare_steps:
+            self._bare_steps = 0
+            self._put_rates_back()
 
-    @contextmanager
-    def _rates(self, counted: int) -> Iterator[None]:
-        """For an optimizer step: the rate for ``counted`` samples."""
+    def _step(self, step: Callable[[], Any], counted: int) -> Any:
+        """An optimizer step at the rate for ``counted`` samples."""
+        self._set_rates(counted)
+        try:
+            result = step()
+        finally:
+            self._put_rates_back()
+        self._count_step()
+        return result
+
+    def _set_rates(self, counted: int) -> None:
         assert self._trainer is not None
         optimizer = self._trainer.optimizers[0]
         self._stepped = True
@@ -670,12 +678,17 @@ class AdaptiveBatchSize(CallbackBase):
         if not self._dry_run and has_lr(optimizer):
             self._factor = self._controller.lr_factor(counted, self._lr)
             values = self._controller.group_values(counted, self._factor)
-        with scaled_lr(optimizer, self._factor, values) as self._scaled:
-            try:
-                yield
-            finally:
-                self._scaled = None
-        self._controller.count_step(optimizer, self._reference if self._dry_run else counted)
+        self._scaled = Scaled(optimizer, self._factor, values)
+
+    def _put_rates_back(self) -> None:
+        scaled, self._scaled = self._scaled, None
+        if scaled is not None:
+            scaled.put_back()
+
+    def _count_step(self) -> None:
+        assert self._trainer is not None
+        counted = self._reference if self._dry_run else self._counted
+        self._controller.count_step(self._trainer.optimizers[0], counted)
 
     @property
     def _plain(self) -> PlainEpoch:
