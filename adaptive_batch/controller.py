@@ -393,9 +393,8 @@ class BatchSizeController:
             self._last_noise_scale = self._estimates[0]
         least = _least_noise_scale(noise.grad_sq_norm, noise.interval(RATE_EVIDENCE))
         if least is not None:
-            # A single wild batch can hide a scale that was identified, which is then not the less.
-            hidden = math.isnan(self._estimates[0]) and not math.isnan(self._last_noise_scale)
-            self._rate_noise_scale = max(least, self._rate_noise_scale) if hidden else least
+            # Also where it is not identified any more: gradients that grow, as before a divergence, take the rate back.
+            self._rate_noise_scale = least
         return losses / samples if samples else math.nan
 
     def _estimate(self) -> GradientNoiseScale:
