@@ -54,8 +54,8 @@ class Ages:
             self._ages[index] = Age(updates + 1, counted + reference_updates)
 
     @property
-    def saw_one_size(self) -> bool:
-        """Whether all steps were of the reference size."""
+    def are_plain(self) -> bool:
+        """Whether the steps are worth as many of the reference size, so that there is nothing to correct."""
         return all(age.updates == age.reference_updates for age in self._ages)
 
     def state_dict(self) -> list[list[float]]:

@@ -302,7 +302,7 @@ class BatchSizeController:
         values = getattr(self.lr_scaling, "group_values", None)
         if values is None or self.reference_batch_size is None:
             return None
-        if batch_size == self.reference_batch_size and self._ages.saw_one_size:
+        if batch_size == self.reference_batch_size and self._ages.are_plain:
             return None
         scale = batch_size / self.reference_batch_size
 

@@ -381,7 +381,6 @@ _RULES: dict[str, Callable[[], LRScaling]] = {
 
 _ROUNDING = 1e-9
 
-
 # What "auto" means, by a part of the name of the optimizer's class or of a class that it inherits from.
 # First match wins; optimizers of other packages are found without importing these.
 _AUTO: tuple[tuple[tuple[str, ...], Callable[[], LRScaling]], ...] = (

@@ -87,7 +87,7 @@ class UpdateExecutor:
     ) -> None:
         self._trainer = trainer
         self._module = module
-        self._loss_reduction = loss_reduction
+        self.sums = loss_reduction == "sum"
         self._weight_fn = weight_fn
         self.recovers = recovers
         self._rollback = Rollback(module)
@@ -132,7 +132,7 @@ class UpdateExecutor:
     @property
     def samples_of_loss(self) -> int:
         """What makes the loss of the batch at hand a mean over its samples."""
-        return self._samples if self._loss_reduction == "sum" else 1
+        return self._samples if self.sums else 1
 
     @property
     def peak_memory(self) -> float:
@@ -229,10 +229,10 @@ class UpdateExecutor:
         """
         self._samples = samples
         self._wait = wait
-        self.sum_factor = sum_factor if self._loss_reduction == "sum" else 1.0
+        self.sum_factor = sum_factor
         if global_samples is None:
             self.share = 1.0
-        elif self._loss_reduction == "sum":
+        elif self.sums:
             self.share = self.ranks * sum_factor
         elif counted is not None and self._weight_fn is not None:
             self.share = self.ranks * counted[0] / counted[1]
@@ -418,7 +418,7 @@ class UpdateExecutor:
 
         def factor(part: Any, size: int) -> tuple[Number, Number]:
             share = self._weight(part, kwargs["batch"], size, self._samples)
-            share = share / self._samples if self._loss_reduction == "sum" else share
+            share = share / self._samples if self.sums else share
             return share, size / self._samples if self._weight_fn is None else share
 
         sample = self._probe.measure(self._parameters(), kwargs, self._sizes(split=True), factor)
@@ -557,12 +557,12 @@ class UpdateExecutor:
     def _weight(self, part: Any, batch: Any, size: int, samples: int) -> Number:
         if self._weight_fn is not None:
             return self._weight_fn(part, batch)
-        return 1.0 if self._loss_reduction == "sum" else size / samples
+        return 1.0 if self.sums else size / samples
 
     def _mean_gradient_factor(self, weight: Number, size: int) -> Number:
         """What the mean gradient of a part's samples was multiplied with before it reached the hooks."""
         scale = _lightning.amp_scale(self._trainer) * self.share / self._trainer.accumulate_grad_batches
-        return scale * (size if self._loss_reduction == "sum" else weight)
+        return scale * (size if self.sums else weight)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self._trainer.optimizers[0].param_groups for p in group["params"]]
@@ -582,7 +582,7 @@ class UpdateExecutor:
             self.part_sq_norms, self.part_sizes = [], []
         else:
             factor = _lightning.amp_scale(self._trainer)
-            if self._loss_reduction == "sum":
+            if self.sums:
                 factor = factor * self.sum_factor * sum(self._batch_sizes) / accumulate
             self.sq_norm = total if isinstance(factor, float) and factor == 1 else total / factor**2
             if self._examples is not None and self.part_sq_norms:

@@ -519,7 +519,7 @@ class AdaptiveBatchSize(CallbackBase):
 
     def _sum_factor(self) -> float:
         """Factor on the loss of a batch, if it is a sum: the same for all samples of an update."""
-        if self._dry_run:
+        if self._dry_run or not self._executor.sums:
             return 1.0
         return self._controller.sum_factor(self._counts_for(self._window[0]) * self._plain.accumulate)
 

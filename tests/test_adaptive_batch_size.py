@@ -617,6 +617,11 @@ class TestRefusals:
             ({"max_batch_size": 0}, "max_batch_size=0"),
             ({"adjust_every": 0}, "adjust_every=0"),
             ({"history_size": 0}, "history_size=0"),
+            ({"policy": "godput"}, "'godput' is not a known policy: use 'goodput', or another of"),
+            ({"dry_run": "no"}, "dry_run='no' must be True or False"),
+            ({"verbose": "yes"}, "verbose='yes' must be True or False"),
+            ({"quantize": "no"}, "quantize='no' must be True or False"),
+            ({"seed": "x"}, "seed='x' must be a whole number, or None"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
@@ -656,18 +661,3 @@ def _columns() -> list[torch.Tensor]:
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ({"dry_run": "no"}, "dry_run='no' must be True or False"),
-        ({"verbose": "yes"}, "verbose='yes' must be True or False"),
-        ({"quantize": "no"}, "quantize='no' must be True or False"),
-        ({"seed": "x"}, "seed='x' must be a whole number, or None"),
-        ({"policy": "godput"}, "'godput' is not a known policy: use 'goodput', or another of"),
-    ],
-)
-def test_an_argument_of_another_kind_is_refused_at_once(argument: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AdaptiveBatchSize(**argument)

@@ -551,3 +551,20 @@ def test_what_corrects_adams_bias_leaves_its_decay_alone(weight_decay, kept):
 def test_a_momentum_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match=r"momentum='0\.9' cannot be a heavy ball's"):
         HeavyBallScaling("0.9")  # type: ignore[arg-type]
+
+
+def test_a_new_adam_in_an_old_controller_starts_at_the_beginning():
+    rule = SqrtScaling(betas="half_life")
+    controller = BatchSizeController(lambda m: 16, lr_scaling=rule, reference_batch_size=16)
+    for _ in range(2):
+        parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = torch.optim.Adam([parameter], lr=1e-3, eps=1e-30)
+        parameter.grad = torch.ones_like(parameter)
+        controller.check_optimizer(optimizer)
+        for size in (*[16] * 20, *[128] * 5):
+            before = parameter.item()
+            factor = controller.lr_factor(size)
+            with scaled_lr(optimizer, factor, controller.group_values(size, factor)):
+                optimizer.step()
+            controller.count_step(optimizer, size)
+            assert before - parameter.item() == pytest.approx(1e-3 * factor, rel=1e-6)

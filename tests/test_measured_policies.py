@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -318,14 +319,14 @@ def test_without_the_variance_across_the_gradient_the_augmented_test_keeps_the_s
 
 @pytest.mark.parametrize("policy", [LossProportional(), LossProportional(initial_loss=5.0), CABS()])
 def test_a_policy_that_is_used_for_another_run_forgets_the_losses_of_the_first(policy):
-    def sizes(losses):
-        asked = (
+    def sizes(asked, losses):
+        seen = (
             measurement(update=10 * i, batch_size=32, lr=0.1, loss=loss, grad_variance=1e4)
             for i, loss in enumerate(losses, 1)
         )
-        return [policy.propose(m) for m in asked]
+        return [asked.propose(m) for m in seen]
 
-    fresh = sizes([4.0, 3.0, 2.0, 1.0])
-    assert len(set(fresh)) > 2
-    sizes([9.0, 1.0, 0.1, 0.01, 0.01])
-    assert sizes([4.0, 3.0, 2.0, 1.0]) == fresh
+    expected = sizes(copy.deepcopy(policy), [4.0, 3.0, 2.0, 1.0])
+    assert len(set(expected)) > 2
+    sizes(policy, [9.0, 1.0, 0.1, 0.01, 0.01])
+    assert sizes(policy, [4.0, 3.0, 2.0, 1.0]) == expected

@@ -159,6 +159,7 @@ class Bare(Classifier):
 @pytest.mark.filterwarnings("ignore:an update that does not fit into memory will not be split")
 @pytest.mark.parametrize("manual", [False, True])
 def test_a_step_that_goes_past_lightning_has_the_rate_of_its_size(manual: bool) -> None:
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # from here on its step calls hooks as well as Recording's
     model = Bare(manual=manual)
     callback = AdaptiveBatchSize(
         Milestones({4: 64}, unit="updates"), adjust_every=1, lr_scaling="linear", max_batch_size=64

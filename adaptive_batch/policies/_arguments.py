@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, SupportsFloat
 
@@ -15,6 +16,18 @@ def number(name: str, value: Any) -> Any:
     if not isinstance(value, SupportsFloat):
         raise ValueError(f"{name}={value!r} is not a number: pass one.")
     return value if isinstance(value, int | float) else float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """``value``, if a size can be a multiple of it.
+
+    Raises:
+        ValueError: if it is no number, or not positive and finite.
+    """
+    found: float = number(name, value)
+    if not 0 < found < math.inf:
+        raise ValueError(f"{name}={found} gives no size: pass a positive number.")
+    return found
 
 
 def check_mapping(name: str, value: object) -> None:

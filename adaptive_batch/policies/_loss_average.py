@@ -31,23 +31,23 @@ class LossAverage:
         """The average, NaN before there is a loss."""
         return self._total / self._weight if self._weight else math.nan
 
-    def start_anew(self, measurement: Measurement) -> bool:
-        """Whether this is of another run, for which a policy is used again; the first one is forgotten then."""
-        if measurement.update >= self._seen:
-            return False
-        self._total = self._weight = 0.0
-        self._seen = 0
-        return True
+    def update(self, measurement: Measurement) -> bool:
+        """Take in the mean loss of the updates since the last call; the same update again changes nothing.
 
-    def update(self, measurement: Measurement) -> None:
-        """Take in the mean loss of the updates since the last call; the same update again changes nothing."""
-        loss = float(measurement.loss)
+        Returns:
+            Whether it is of another run than those before, which are forgotten then.
+        """
+        loss, is_other_run = float(measurement.loss), measurement.update < self._seen
+        if is_other_run:
+            self._total = self._weight = 0.0
+            self._seen = 0
         if measurement.update <= self._seen or not math.isfinite(loss):
-            return
+            return is_other_run
         kept = self._decay ** (measurement.update - self._seen)
         self._total = kept * self._total + (1 - kept) * loss
         self._weight = kept * self._weight + 1 - kept
         self._seen = measurement.update
+        return is_other_run
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and the last update."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _words
-from adaptive_batch.policies._arguments import number
+from adaptive_batch.policies._arguments import positive
 from adaptive_batch.policies._loss_average import LossAverage, check_decay
 from adaptive_batch.policies._size import LARGEST
 
@@ -39,15 +39,11 @@ class CABS:
     needs: frozenset[str] = frozenset({"variance"})
 
     def __init__(self, c: float = 1.0, *, smoothing: float = 0.95) -> None:
-        c = number("c", c)
-        if not 0 < c < math.inf:
-            raise ValueError(f"c={c} gives no size: pass a positive number.")
-        self.c = c
+        self.c = positive("c", c)
         self._loss = LossAverage(check_decay(smoothing))
 
     def propose(self, measurement: Measurement) -> float:
         """Returns ``c lr tr(Sigma) / F``; the present size while one is not known or not positive."""
-        self._loss.start_anew(measurement)
         self._loss.update(measurement)
         variance, loss = measurement.grad_variance, self._loss.mean
         if not (variance > 0 and loss > 0 and measurement.lr > 0):

@@ -6,7 +6,7 @@ import math
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _words
-from adaptive_batch.policies._arguments import number
+from adaptive_batch.policies._arguments import positive
 
 
 class GradientDiversity:
@@ -34,10 +34,7 @@ class GradientDiversity:
     needs: frozenset[str] = frozenset({"noise"})
 
     def __init__(self, delta: float = 0.1) -> None:
-        delta = number("delta", delta)
-        if not 0 < delta < math.inf:
-            raise ValueError(f"delta={delta} gives no size: pass a positive number.")
-        self.delta = delta
+        self.delta = positive("delta", delta)
 
     def propose(self, measurement: Measurement) -> float:
         """Returns ``max(B, delta (1 + phi))``; the present size while the noise scale is not known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from adaptive_batch.measurement import Measurement
-from adaptive_batch.policies._arguments import number
+from adaptive_batch.policies._arguments import positive
 
 
 class InnerProductTest:
@@ -43,8 +43,8 @@ class InnerProductTest:
     is_test = True
 
     def __init__(self, theta: float = 0.9, nu: float | None = 5.84) -> None:
-        self.theta = _positive("theta", theta)
-        self.nu = None if nu is None else _positive("nu", nu)
+        self.theta = positive("theta", theta)
+        self.nu = None if nu is None else positive("nu", nu)
 
     def propose(self, measurement: Measurement) -> float:
         """Returns ``B'``; the present size where both tests are passed or something is not known."""
@@ -70,10 +70,3 @@ class InnerProductTest:
             return "inner products not known: they take 16 updates in two parts, and none in more"
         words = f"inner-product test asks for {math.ceil(along)}"
         return words if self.nu is None else f"{words}, orthogonality test for {math.ceil(across)}"
-
-
-def _positive(name: str, value: float) -> float:
-    value = number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value} gives no size: pass a positive number.")
-    return value

@@ -53,9 +53,8 @@ class LossProportional:
 
     def propose(self, measurement: Measurement) -> float:
         """Returns the size by the formula; the present one while a loss is not known or not above ``F*``."""
-        if self._loss.start_anew(measurement):
+        if self._loss.update(measurement):
             self._initial = self._given
-        self._loss.update(measurement)
         loss = self._loss.mean
         if math.isnan(self._initial) and loss > self.minimum:
             self._initial = loss

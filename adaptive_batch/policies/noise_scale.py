@@ -7,7 +7,7 @@ from typing import Literal
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies import _words
-from adaptive_batch.policies._arguments import number
+from adaptive_batch.policies._arguments import positive
 
 
 class NoiseScale:
@@ -35,19 +35,13 @@ class NoiseScale:
     needs: frozenset[str] = frozenset({"noise"})
 
     def __init__(self, multiplier: float = 1.0, *, overhead_ratio: float | Literal["measured"] | None = None) -> None:
-        multiplier = number("multiplier", multiplier)
-        if not 0 < multiplier < math.inf:
-            raise ValueError(f"multiplier={multiplier} gives no size: pass a positive number.")
+        self.multiplier = positive("multiplier", multiplier)
         if isinstance(overhead_ratio, str):
             if overhead_ratio != "measured":
                 raise ValueError(f'overhead_ratio={overhead_ratio!r} is not known: pass samples, "measured" or None.')
             self.needs = frozenset({"noise", "step_time"})
-        elif (
-            overhead_ratio is not None
-            and not 0 < (overhead_ratio := number("overhead_ratio", overhead_ratio)) < math.inf
-        ):
-            raise ValueError(f"overhead_ratio={overhead_ratio} gives no size: pass a positive number.")
-        self.multiplier = multiplier
+        elif overhead_ratio is not None:
+            overhead_ratio = positive("overhead_ratio", overhead_ratio)
         self.overhead_ratio: float | Literal["measured"] | None = overhead_ratio
 
     def propose(self, measurement: Measurement) -> float:
