@@ -13,6 +13,7 @@ from adaptive_batch.arguments import check_flags
 from adaptive_batch.lr_scaling import GroupValues, LRScaling, NoScaling, resolve_lr_scaling
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.noise import GradientNoiseScale, InnerProducts, two_batch_estimate
+from adaptive_batch.noise.level import GradientLevel
 from adaptive_batch.policies import (
     Combined,
     Constant,
@@ -162,6 +163,7 @@ class BatchSizeController:
         self._quantize = quantize
         self.multiple_of = multiple_of
         self._noises = [GradientNoiseScale(confidence=IDENTIFIED_AT) for _ in NOISE_MEMORY_FRACTIONS]
+        self._level = GradientLevel()
         self.inner_products = InnerProducts()
         self.step_time = StepTimeModel()
         self.reference_batch_size = reference_batch_size
@@ -391,11 +393,20 @@ class BatchSizeController:
         noise = self._estimate()
         if not math.isnan(self._estimates[0]):
             self._last_noise_scale = self._estimates[0]
+        self._follow(noise)
+        return losses / samples if samples else math.nan
+
+    def _follow(self, noise: GradientNoiseScale) -> None:
+        """What the rate goes by: the least noise scale that the evidence allows.
+
+        Also where it is not identified any more: gradients that grow, as before a divergence, take the rate back. Where
+        no noise scale is the least, the estimate may take it back, and never raise it.
+        """
         least = _least_noise_scale(noise.grad_sq_norm, noise.interval(RATE_EVIDENCE))
         if least is not None:
-            # Also where it is not identified any more: gradients that grow, as before a divergence, take the rate back.
             self._rate_noise_scale = least
-        return losses / samples if samples else math.nan
+        elif noise.grad_sq_norm > 0:
+            self._rate_noise_scale = min(self._rate_noise_scale, max(noise.grad_variance, 0.0) / noise.grad_sq_norm)
 
     def _estimate(self) -> GradientNoiseScale:
         """Look up the estimate in force."""
@@ -407,16 +418,18 @@ class BatchSizeController:
         """Of an update whose parts were not measured; NaN where nothing was."""
         if math.isfinite(sq_norm):
             self._look_back(size)
+            weight, likely = self._level.take_in(sq_norm)
             for noise in self._noises:
-                noise.update_norm(sq_norm, size)
+                noise.update_norm(likely, size, weight=weight)
 
     def _absorb_parts(self, m: Measurement, part_sq_norms: list[float], sq_norm: float) -> None:
         if len(part_sq_norms) < 2:
             self._absorb_norm(m.batch_size, sq_norm)
             return
         self._look_back(sum(m.part_sizes))
+        weight, _ = self._level.take_in(sq_norm) if math.isfinite(sq_norm) else (1.0, sq_norm)
         for noise in self._noises:
-            noise.update(part_sq_norms, m.part_sizes, sq_norm)
+            noise.update(part_sq_norms, m.part_sizes, sq_norm, weight=weight)
         if "inner_products" in self._needs:  # other sources than pairs of parts may stand for the norms of pairs
             self.inner_products.update(part_sq_norms, m.part_sizes, sq_norm)
         newest = two_batch_estimate(part_sq_norms, m.part_sizes, sq_norm)
@@ -737,6 +750,7 @@ class BatchSizeController:
             "peak_lr": self._peak_lr,
             "ages": self._ages.state_dict(),
             "newest": list(self._newest),
+            "level": self._level.state_dict(),
             "noise": [noise.state_dict() for noise in self._noises],
             "inner_products": self.inner_products.state_dict(),
             "step_time": self.step_time.state_dict(),
@@ -764,6 +778,7 @@ class BatchSizeController:
             self.policy.load_state_dict(state["policy"])
         self._noises, self.inner_products, self.step_time = noises, inner_products, step_time
         self._pending = pending
+        self._level.load_state_dict(state["level"])
         self.reference_batch_size = state["reference_batch_size"]
         self.batch_size = state["batch_size"]
         self.note = state["note"]
@@ -865,6 +880,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _are_numbers(value: object, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(map(_is_number, value))
+
+
 def _is_age(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and _is_count(value[0]) and _is_number(value[1])
 
@@ -891,8 +910,9 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "rate_noise_scale": lambda value: _is_number(value) and not value < 0,
     "peak_lr": _is_number,
     "ages": lambda value: isinstance(value, list) and all(map(_is_age, value)),
+    "level": lambda value: _are_numbers(value, 2) and not min(value) < 0,
     "noise": lambda value: isinstance(value, list) and len(value) == len(NOISE_MEMORY_FRACTIONS),
-    "newest": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_number, value)),
+    "newest": lambda value: _are_numbers(value, 3),
     "pending": lambda value: isinstance(value, list),
 }
 """What each entry of a state has to be; ``noise``, ``inner_products``, ``step_time`` and ``policy`` check their own."""

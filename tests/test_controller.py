@@ -788,6 +788,9 @@ class TestState:
             {"settled": True},
             {"noise_scale": None},
             {"noise_scale": -2.0},
+            {"level": [1.0]},
+            {"level": [-1.0, 1.0]},
+            {"newest": [0, 1.0]},
             {"noise": {}},
             {"step_time": {}},
             {"step_time": None},
@@ -879,18 +882,81 @@ class TestSizesThatAreSlow:
         assert run.steps(2500).batch_size >= 512
 
 
-def test_a_gradient_that_jumps_as_before_a_divergence_takes_the_rate_back() -> None:
-    # Holding on to the last identified scale kept the rate up, and runs that would have recovered diverged.
-    def jumps(m: Measurement) -> Measurement:
-        return replace(m, sq_norm=1e4) if m.update == 601 and not m.part_sq_norms else m
+def longer(more: Callable[[int], float], phi: float) -> Callable[[Measurement], Measurement]:
+    """Gradients whose squared norm is that of noise scale ``phi`` and ``more(update)``; each update tells its own."""
 
-    controller = controller_of("noise_scale", max_batch_size=8 * B0)
-    run = Run(controller, phi=400.0, edit=jumps).steps(600)
-    before = controller.lr_factor(8 * B0)
-    assert run.batch_size == 8 * B0 and before > 4 and not measures_noise(600)
-    run.steps(30)
-    assert math.isnan(controller.estimates[0])  # not identified any more
-    assert controller.lr_factor(8 * B0) < 0.6 * before
+    def edit(m: Measurement) -> Measurement:
+        added = more(m.update)
+        sq_norm = m.sq_norm if len(m.part_sq_norms) else 1 + phi / m.batch_size
+        return replace(m, part_sq_norms=[n + added for n in m.part_sq_norms], sq_norm=sq_norm + added)
+
+    return edit
+
+
+def at_eight_times_the_size(edit: Callable[[Measurement], Measurement]) -> Run:
+    """600 updates at a noise scale of 400, which the size has grown to 8 B0 with."""
+    run = Run(controller_of("noise_scale", max_batch_size=8 * B0), phi=400.0, edit=edit).steps(600)
+    assert run.batch_size == 8 * B0 and run.controller.lr_factor(8 * B0) > 4
+    return run
+
+
+def test_gradients_that_grow_as_before_a_divergence_take_the_rate_back() -> None:
+    # Holding on to the last identified scale kept the rate up, and runs that would have recovered diverged.
+    def grow(update: int) -> float:
+        return float(1.3 ** max(update - 600, 0)) - 1
+
+    controller = at_eight_times_the_size(longer(grow, 400.0)).steps(20).controller
+    assert controller.lr_factor(8 * B0) < 1.5
+
+
+def test_one_wild_batch_that_was_not_measured_does_not_take_the_rate_back() -> None:
+    assert not measures_noise(600)
+    run = at_eight_times_the_size(longer(lambda update: 1e4 * (update == 601), 400.0))
+    before = run.controller.lr_factor(8 * B0)
+    while run.update < 700:
+        run.step()
+        assert run.controller.lr_factor(8 * B0) > 0.7 * before
+    assert math.isfinite(run.controller.noise_scale)
+
+
+def test_a_gradient_that_has_fallen_a_thousandfold_is_forgotten_as_soon_as_any_other() -> None:
+    falls = longer(lambda update: 1000.0 * (update <= 200), 100.0)
+    run = Run(controller_of(lambda m: B0), phi=100.0, edit=falls).steps(200)
+    assert run.controller.noise.grad_sq_norm == pytest.approx(1000, rel=0.1)
+    # 32 updates of memory at least: of plain averages more than a hundred would still be there.
+    assert run.steps(60).controller.noise.grad_sq_norm < 10
+
+
+def test_averages_that_are_weighed_by_the_level_are_unbiased() -> None:
+    found = [
+        (run.controller.noise.grad_sq_norm, run.controller.noise.grad_variance)
+        for run in (Run(controller_of(lambda m: B0), phi=30.0, seed=seed).steps(150) for seed in range(60))
+    ]
+    for values, truth in zip(np.array(found).T, (1.0, 30.0), strict=True):
+        assert abs(values.mean() - truth) < 3 * values.std(ddof=1) / math.sqrt(len(values))
+
+
+def test_while_no_noise_scale_is_the_least_the_rate_may_fall_and_not_rise() -> None:
+    # Two wild measurements that nearly cancel leave nothing to say about |G|^2 and tr(Sigma) but their estimates.
+    extremes = [(100.0, 3000.0), (3900.0, 1000.0)]
+
+    def wild(m: Measurement) -> Measurement:
+        if m.update <= 600 or not m.part_sq_norms or not extremes:
+            return m
+        of_parts, of_whole = extremes.pop()
+        return replace(m, part_sq_norms=[of_parts, of_parts], sq_norm=of_whole)
+
+    run = at_eight_times_the_size(wild)
+    fallen = 0
+    while run.update < 1200:
+        before = run.controller.rate_noise_scale
+        run.step()
+        now, noise = run.controller.rate_noise_scale, run.controller.noise
+        if noise.interval(controller_module.RATE_EVIDENCE) == (0, math.inf):
+            assert now <= before
+            assert noise.grad_sq_norm <= 0 or now <= max(noise.grad_variance, 0) / noise.grad_sq_norm
+            fallen += now < before
+    assert fallen
 
 
 def test_a_bound_that_keeps_a_schedule_from_its_size_is_named() -> None:

@@ -10,6 +10,8 @@ import numpy as np
 
 # 64 nodes integrate the density of t to rounding over every range that a confidence below 1 asks for.
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
+_ROUNDING = 4 * math.ulp(1.0)
+"""Of a sum of probabilities."""
 
 
 @lru_cache(maxsize=256)
@@ -38,7 +40,10 @@ def student_t_quantile(confidence: float, dof: float) -> float:
     for _ in range(100):
         density = constant * np.cos(angle * (_NODES + 1) / 2) ** (dof - 1)
         probability = angle / 2 * float(_NODE_WEIGHTS @ density)
-        step = (confidence - probability) / (constant * math.cos(angle) ** (dof - 1))
+        missing = confidence - probability
+        if missing < _ROUNDING:  # next to a confidence of 1 a step from there would go anywhere
+            break
+        step = missing / (constant * math.cos(angle) ** (dof - 1))
         angle += step
         if step < 1e-13 * angle:
             break

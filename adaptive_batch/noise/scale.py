@@ -55,9 +55,10 @@ class GradientNoiseScale:
     more exact, by far if ``tr(Sigma)`` comes from the norms of single examples. A measured ``tr(Sigma)`` stands for
     the updates since the one before, each of its own ``B``: small ones, such as the tails of epochs, are noisier.
 
-    An update weighs ``1 - exp(-samples / memory)``, close to proportional to its samples, and decays by
-    ``exp(-samples / memory)``: the averages look back over the same stretch of data whatever the batch size. They are
-    divided by the sum of their weights, so that the first update's average is the first update's estimate.
+    An update weighs ``1 - exp(-samples / memory)``, close to proportional to its samples, times a factor of its own if
+    it is given one, and decays by ``exp(-samples / memory)``: the averages look back over the same stretch of data
+    whatever the batch size. They are divided by the sum of their weights, so that the first update's average is the
+    first update's estimate.
 
     The interval is Fieller's for a ratio of means, from the jackknife over some 64 blocks of consecutive updates;
     when there are too many, those neighbours that weigh least together become one.
@@ -111,13 +112,16 @@ class GradientNoiseScale:
         self._skipped = 0
         self._forget_answers()
 
-    def update(self, part_sq_norms: Numbers, part_sizes: Numbers, sq_norm: float | Tensor) -> None:
+    def update(
+        self, part_sq_norms: Numbers, part_sizes: Numbers, sq_norm: float | Tensor, *, weight: float = 1.0
+    ) -> None:
         """Take in the parts of one update; one part or a norm that is not finite is skipped and counted.
 
         Args:
             part_sq_norms: ``[n]`` squared norms of the mean gradients of the update's ``n`` parts.
             part_sizes: ``[n]`` samples of each part.
             sq_norm: squared norm of the mean of the parts' gradients weighted by their sizes.
+            weight: factor on the update's weight in the averages; unbiased if it is known before the update is.
 
         Raises:
             ValueError: if the sequences differ in length, or a size is not positive.
@@ -128,14 +132,15 @@ class GradientNoiseScale:
             self._skipped += 1
             return
         self._measurements += 1
-        self._add(sum(sizes), float(sq_norm), grad_variance)
+        self._add(sum(sizes), float(sq_norm), grad_variance, weight)
 
-    def update_norm(self, sq_norm: float | Tensor, size: float) -> None:
+    def update_norm(self, sq_norm: float | Tensor, size: float, *, weight: float = 1.0) -> None:
         """Take in an update whose parts were not measured.
 
         Args:
             sq_norm: squared norm ``|g_B|^2`` of its mean gradient; skipped unless finite.
             size: its samples.
+            weight: as for :meth:`update`.
 
         Raises:
             ValueError: if the size is not positive.
@@ -144,9 +149,9 @@ class GradientNoiseScale:
             raise ValueError(f"an update of {size} samples cannot be measured; pass a positive size.")
         value = float(sq_norm)
         if math.isfinite(value):
-            self._add(size, value, None)
+            self._add(size, value, None, weight)
 
-    def _add(self, size: float, sq_norm: float, grad_variance: float | None) -> None:
+    def _add(self, size: float, sq_norm: float, grad_variance: float | None, weight: float) -> None:
         """One more update; without ``grad_variance`` its norm alone."""
         if self._estimated is not None or self._intervals:
             self._forget_answers()
@@ -154,7 +159,7 @@ class GradientNoiseScale:
         if self._decay < _SMALLEST:
             self._multiply_out()
         newest = self._blocks[-1]
-        weight = -math.expm1(-size / self._memory) / self._decay
+        weight *= -math.expm1(-size / self._memory) / self._decay
         newest[0] += weight
         newest[1] += weight * sq_norm
         gap = self._gap
