@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptive_batch.ages import Ages
 from adaptive_batch.arguments import check_flags
-from adaptive_batch.lr_scaling import GroupValues, LRScaling, NoScaling, resolve_lr_scaling
+from adaptive_batch.lr_scaling import GroupValues, LRScaling, NoScaling, resolve_lr_scaling, why_not_scaled
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.noise import GradientNoiseScale, InnerProducts, two_batch_estimate
 from adaptive_batch.noise.level import GradientLevel
@@ -328,6 +328,12 @@ class BatchSizeController:
             ValueError: with the reason.
         """
         self._ages.follow(optimizer)
+        reason = why_not_scaled(optimizer)
+        if reason is not None and (hasattr(self.policy, "lr_factor") or not isinstance(self.lr_scaling, NoScaling)):
+            raise ValueError(
+                f"the learning rate cannot be scaled with the batch size, since {reason}; use another optimizer, or "
+                'lr_scaling="none" with a policy that leaves the rate alone.'
+            )
         check = getattr(self.lr_scaling, "check", None)
         if check is not None and self.max_batch_size is not None and self.reference_batch_size is not None:
             check(optimizer, self.max_batch_size / self.reference_batch_size)

@@ -34,6 +34,7 @@ __all__ = [
     "resolve_lr_scaling",
     "scaled_lr",
     "scheduled_lr",
+    "why_not_scaled",
 ]
 
 
@@ -212,7 +213,7 @@ class HeavyBallScaling(_Rule):
     ``s = (1 + m) / (1 - m)``, 19 for ``m = 0.9``; with Nesterov's momentum ``s = (1 + m) / (1 - m) / (1 + 2 m)``, 6.8.
     A rate that suits a small batch is held down by noise, by up to ``1 + phi / B0`` times (McCandlish et al. 2018,
     arXiv:1812.06162, equation 2.6), so there is as much room for the linear rule; growth beyond it is left to AdaScale.
-    Without momentum this is AdaScale.
+    Without momentum this is AdaScale, and before there is a noise scale the factor is 1, as AdaScale's.
 
     Source of the bound: Polyak, *Some methods of speeding up the convergence of iteration methods*, 1964, on a
     quadratic. The combination is this project's own; what it is worth is in ``docs/benchmarks.md``.
@@ -251,10 +252,11 @@ class HeavyBallScaling(_Rule):
         return (1 + m) / (1 - m) / (1 + 2 * m if self.nesterov else 1)
 
     def factor(self, batch_size: float, reference_batch_size: float, noise_scale: float = math.nan) -> float:
-        """Returns ``max(r, min(B / B0, s, 1 + phi / B0))``; without a noise scale ``max(1, min(B / B0, s))``."""
-        linear = min(_scale(batch_size, reference_batch_size), self.stable)
-        room = math.inf if math.isnan(noise_scale) else 1 + noise_scale / reference_batch_size
-        return max(gain(batch_size, reference_batch_size, noise_scale), min(linear, room))
+        """Returns ``max(r, min(B / B0, s, 1 + phi / B0))``; 1 while the noise scale is NaN."""
+        r = gain(batch_size, reference_batch_size, noise_scale)
+        if math.isnan(noise_scale):
+            return r
+        return max(r, min(batch_size / reference_batch_size, self.stable, 1 + noise_scale / reference_batch_size))
 
 
 class AdamScale(_Rule):
@@ -384,7 +386,6 @@ _ROUNDING = 1e-9
 # What "auto" means, by a part of the name of the optimizer's class or of a class that it inherits from.
 # First match wins; optimizers of other packages are found without importing these.
 _AUTO: tuple[tuple[tuple[str, ...], Callable[[], LRScaling]], ...] = (
-    (("lbfgs",), NoScaling),  # sets its step length by line search
     (
         (
             *("adam", "adagrad", "adadelta", "adafactor", "adabelief", "adan", "ademamix", "rmsprop", "rprop", "yogi"),
@@ -410,8 +411,8 @@ def resolve_lr_scaling(
         rule: an object with ``factor``, or ``"none"``, ``"linear"``, ``"sqrt"``, ``"adascale"``,
             ``"adamscale"``, ``"sde"`` or ``"auto"``. Auto picks by the policy, and otherwise by the optimizer:
             :class:`SqrtScaling` for adaptive ones, for Adam, AdamW and NAdam with half-life betas, :class:`NoScaling`
-            for LBFGS, :class:`HeavyBallScaling` for SGD with momentum, :class:`AdaScale` for other SGD, and for any
-            other optimizer :class:`AdamScale`, which is below both.
+            for LBFGS and for those without a rate, :class:`HeavyBallScaling` for SGD with momentum,
+            :class:`AdaScale` for other SGD, and for any other optimizer :class:`AdamScale`, which is below both.
         optimizer: what ``"auto"`` looks at.
         policy: what the rule has to go with.
 
@@ -428,7 +429,7 @@ def resolve_lr_scaling(
             return resolve_lr_scaling(policy.auto_lr_scaling)
         if optimizer is None:
             raise ValueError(
-                'lr_scaling="auto" picks by the optimizer, which is not known here: pass one, or name a rule.'
+                'lr_scaling="auto" picks by the optimizer, which is not known here: name a rule, or give an optimizer.'
             )
         return _auto_rule(optimizer)
     found = _found(rule)
@@ -547,8 +548,24 @@ def _least_momentum(optimizer: Optimizer) -> float:
     return min(float(group["momentum"]) for group in optimizer.param_groups)
 
 
+def why_not_scaled(optimizer: Optimizer) -> str | None:
+    """Why no rule goes with an optimizer, in words; ``None`` where one may."""
+    name = type(optimizer).__name__
+    if not has_lr(optimizer):
+        return f"{name} has no lr in its parameter groups"
+    if any("lbfgs" in kind for kind in _kinds(optimizer)):
+        return f"{name} searches the length of its steps by itself"
+    return None
+
+
+def _kinds(optimizer: Optimizer) -> list[str]:
+    return [cls.__name__.lower() for cls in type(optimizer).__mro__]
+
+
 def _auto_rule(optimizer: Optimizer) -> LRScaling:
-    names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
+    if why_not_scaled(optimizer) is not None:
+        return NoScaling()
+    names = _kinds(optimizer)
     groups = optimizer.param_groups
     if "sgd" in names and all(0 < float(group.get("momentum", 0.0)) < 1 for group in groups):
         nesterov = any(group.get("nesterov", False) for group in groups)

@@ -27,7 +27,7 @@ from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
 from adaptive_batch.distributed import Agreement, SharedOrder, broadcast, gather
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.iterable import Requests, count_samples
-from adaptive_batch.lr_scaling import LRScaling, Scaled, gain, has_lr, resolve_lr_scaling, scheduled_lr
+from adaptive_batch.lr_scaling import LRScaling, Scaled, gain, has_lr, resolve_lr_scaling, scheduled_lr, why_not_scaled
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.memory import resident_bytes
 from adaptive_batch.micro_batching import UNEQUAL
@@ -97,7 +97,7 @@ class AdaptiveBatchSize(CallbackBase):
             ``"per_example"`` takes norms by hooks on the layers and ``"probe"`` makes passes of its own, which
             change nothing in the run; ``"auto"`` takes norms by example where that costs next to nothing (networks
             of linear layers and norms that see an example at one position), splits elsewhere, and probes where layers
-            look across the batch. See ``adaptive_batch.noise.SOURCES``.
+            look across the batch. A dry run probes where it would split. See ``adaptive_batch.noise.SOURCES``.
         loss_reduction: whether ``training_step`` returns the ``"mean"`` or the ``"sum"`` over its samples.
         weight_fn: ``(micro_batch, batch) -> weight`` of a part's loss, for a mean over something else.
         batch_size_of: ``batch -> samples`` of this rank, where the loader's count of them is not the one that the
@@ -279,7 +279,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._executor = self._splitting.executor(
             trainer,
             pl_module,
-            noise=self._noise,
+            noise="probe" if self._dry_run and self._noise == "micro_batches" else self._noise,
             probes=self._dry_run,
             why_not=_MANUAL if self._manual else None,
         )
@@ -449,6 +449,9 @@ class AdaptiveBatchSize(CallbackBase):
             )
         self._controller.check_optimizer(trainer.optimizers[0])
         self._watch_bare_steps(trainer.optimizers[0])
+        reason = why_not_scaled(trainer.optimizers[0])
+        if reason is not None and self._lr_scaling == "auto":
+            self._say(trainer, f"the learning rate stays what it is at every batch size, since {reason}.")
         if self._reference == 1 and "noise" in self._controller.needs:
             self._say(
                 trainer,
@@ -601,7 +604,7 @@ class AdaptiveBatchSize(CallbackBase):
             original(batch_idx, closure)
         finally:
             self._end_bare_steps()
-        if self._clock is not None:
+        if self._clock is not None and self._trainer.lr_scheduler_configs:
             worth = gain(self._counted, self._reference, self._controller.rate_noise_scale)
             self._due = self._clock.advance(self._plain, self._position, worth, last=last)
             self._updated_at = _lightning.batches_started(self._trainer)

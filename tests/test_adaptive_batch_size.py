@@ -518,10 +518,11 @@ class TestGoodputOnARealRun:
         assert [(c.previous, c.batch_size) for c in callback.history.changes] == [(16, 64)]
         assert callback.batch_size == 16
 
-    def test_dry_run_measures_the_noise_by_passes_that_leave_no_trace(self) -> None:
+    @pytest.mark.parametrize("noise", ["auto", "micro_batches", "probe", "per_example"])
+    def test_dry_run_measures_the_noise_by_passes_that_leave_no_trace(self, noise: str) -> None:
         plain, dry = Classifier(), Classifier()
         fit(plain, loader(), max_epochs=6)
-        callback = AdaptiveBatchSize(dry_run=True)
+        callback = AdaptiveBatchSize(dry_run=True, noise=noise)
         fit(dry, loader(), [callback], max_epochs=6)
         assert callback.controller.noise.measurements > 10
         assert identical(weights(plain), weights(dry))

@@ -202,7 +202,7 @@ def test_what_others_than_sgd_call_momentum_is_no_heavy_ball():
     [
         (0.9, False, 4, 50.0, 2.5625),  # 1 + 50 / 32; AdaScale alone: 2.5625 / 1.390625 = 1.84
         (0.9, False, 4, 100.0, 4.0),
-        (0.9, False, 4, math.nan, 4.0),
+        (0.9, False, 4, math.nan, 1.0),  # nothing is known of the noise
         (0.9, False, 40, 320.0, 11.0),  # AdaScale alone: 11 / 1.25 = 8.8
         (0.9, False, 40, 640.0, 19.0),  # AdaScale alone: 21 / 1.5 = 14
         (0.9, False, 40, math.inf, 40.0),
@@ -256,7 +256,7 @@ def test_auto_knows_adaptive_optimizers_of_other_packages_by_name():
 
 
 def test_auto_without_an_optimizer_is_refused():
-    with pytest.raises(ValueError, match="pass one, or name a rule"):
+    with pytest.raises(ValueError, match="name a rule, or give an optimizer"):
         resolve_lr_scaling("auto")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_policies import measurement
 
-from adaptive_batch import BatchSizeController
+from adaptive_batch import BatchSizeController, Measurement
 from adaptive_batch.policies import (
     CABS,
     BigBatch,
@@ -330,3 +330,32 @@ def test_a_policy_that_is_used_for_another_run_forgets_the_losses_of_the_first(p
     assert len(set(expected)) > 2
     sizes(policy, [9.0, 1.0, 0.1, 0.01, 0.01])
     assert sizes(policy, [4.0, 3.0, 2.0, 1.0]) == expected
+
+
+def test_plateau_that_is_used_for_another_run_forgets_the_first():
+    policy = Plateau(patience=0, every=1, unit="updates")
+
+    def run() -> list[float]:
+        return [policy.propose(measurement(update=n, samples=32 * n, loss=1.0)) for n in range(1, 6)]
+
+    assert run() == run() == [32.0, 32.0, 64.0, 128.0, 256.0]
+
+
+def test_big_batch_that_is_used_for_another_run_tests_its_updates():
+    policy = BigBatch()
+    lost = {"measured_grad_sq_norm": -1.0, "measured_grad_variance": 100.0}
+    assert policy.propose(measurement(measured_update=900, **lost)) == 35.0
+    assert policy.propose(measurement(measured_update=900, **lost)) == 32.0  # tested already
+    assert policy.propose(measurement(measured_update=10, **lost)) == 35.0
+
+
+def test_policies_go_by_a_measurement_that_does_not_say_which_update_it_is():
+    # 0.1 * 1200 / 0.6 = 200;  32 * 2 / 1 = 64;  32 + floor(0.1 * 32) = 35
+    assert CABS().propose(Measurement(batch_size=32, lr=0.1, loss=0.6, grad_variance=1200.0)) == pytest.approx(200.0)
+    m = Measurement(batch_size=48, reference_batch_size=32, loss=1.0)
+    assert LossProportional(initial_loss=2.0).propose(m) == 64.0
+    assert BigBatch().propose(Measurement(batch_size=32, grad_sq_norm=-0.1, grad_variance=100.0)) == 35.0
+    assert BigBatch().propose(Measurement(batch_size=32, grad_sq_norm=5.0, grad_variance=100.0)) == 32.0
+    plateau = Plateau(patience=0)
+    sizes = [plateau.propose(Measurement(epoch=n, reference_batch_size=32, loss=1.0)) for n in range(4)]
+    assert sizes == [32.0, 32.0, 64.0, 128.0]

@@ -178,10 +178,6 @@ def test_a_schedule_free_optimizer_weighs_its_average_by_the_rate_that_was_used(
     assert torch.equal(trained[0], next(model.parameters()))
 
 
-def _room(noise_scale: float) -> float:
-    return math.inf if math.isnan(noise_scale) else 1 + noise_scale / 16
-
-
 def test_the_bound_of_the_heavy_balls_rate_follows_a_momentum_that_is_scheduled():
     seen: list[tuple[int, float, float]] = []
 
@@ -202,8 +198,8 @@ def test_the_bound_of_the_heavy_balls_rate_follows_a_momentum_that_is_scheduled(
     assert min(momenta) < 0.35 and max(momenta) == 0.95
     stable = [(1 + m) / (1 - m) for m in momenta]
     expected = [
-        max(gain(size, 16, noise_scale), min(size / 16, bound, _room(noise_scale)))
-        for (size, _, noise_scale), bound in zip(seen, stable, strict=True)
+        1.0 if math.isnan(phi) else max(gain(size, 16, phi), min(size / 16, bound, 1 + phi / 16))
+        for (size, _, phi), bound in zip(seen, stable, strict=True)
     ]
     assert callback.history.column("lr_scale") == pytest.approx(expected)
     assert any(factor == bound < size / 16 for factor, bound, (size, _, _) in zip(expected, stable, seen, strict=True))
@@ -221,6 +217,8 @@ def test_lbfgs_is_not_scaled():
     assert set(callback.history.column("lr_scale")) == {1.0}
     assert 48 in model.sizes
     assert torch.isfinite(torch.tensor(model.loss_trace)).all()
+    with pytest.raises(ValueError, match="LBFGS searches the length of its steps by itself"):
+        fit(Searching(dropout=0.0), loader(), [AdaptiveBatchSize("constant", lr_scaling="linear")])
 
 
 # The start of a fit
@@ -318,7 +316,9 @@ class WithoutRate(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("defaults", [{"lr": None}, {"step_length": 1.0}])
-def test_where_there_is_no_rate_none_is_scaled_and_none_is_said_to_be(defaults: dict[str, Any]) -> None:
+def test_where_there_is_no_rate_none_is_scaled_and_that_is_said(
+    defaults: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     class Own(Classifier):
         def configure_optimizers(self) -> Any:
             return WithoutRate(self.parameters(), **defaults)
@@ -329,19 +329,28 @@ def test_where_there_is_no_rate_none_is_scaled_and_none_is_said_to_be(defaults: 
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             pass
 
-    callback = AdaptiveBatchSize(Milestones({2: 20}, unit="updates"), adjust_every=1, lr_scaling="linear")
-    fit(Own(), loader(), [callback])
+    policy = Milestones({2: 20}, unit="updates")
+    callback = AdaptiveBatchSize(policy, adjust_every=1)
+    with caplog.at_level("INFO", logger="pytorch_lightning.adaptive_batch"):
+        fit(Own(), loader(), [callback])
     assert 20 in callback.history.column("batch_size")
     assert set(callback.history.column("lr_scale")) == {1.0}
-    model, x, y = problem()
-    trainer = MiniBatchTrainer(
-        model,
-        nn.functional.mse_loss,
-        WithoutRate(model.parameters(), **defaults),
-        controller=BatchSizeController(LinearRamp(None, 32, over=1), lr_scaling="linear", adjust_every=1),
-        batch_size=8,
-    )
-    assert set(trainer.fit((x, y), epochs=1).column("lr_scale")) == {1.0}
+    assert "the learning rate stays what it is at every batch size, since WithoutRate has no lr" in caplog.text
+    with pytest.raises(ValueError, match="cannot be scaled with the batch size, since WithoutRate has no lr"):
+        fit(Own(), loader(), [AdaptiveBatchSize(policy, lr_scaling="linear")])
+    with pytest.raises(ValueError, match="since WithoutRate has no lr"):  # whose policy needs a rate
+        fit(Own(), loader(), [AdaptiveBatchSize("dont_decay")])
+
+    def trainer(rule: str) -> MiniBatchTrainer:
+        model, *_ = problem()
+        controller = BatchSizeController(LinearRamp(None, 32, over=1), lr_scaling=rule, adjust_every=1)
+        optimizer = WithoutRate(model.parameters(), **defaults)
+        return MiniBatchTrainer(model, nn.functional.mse_loss, optimizer, controller=controller, batch_size=8)
+
+    _, x, y = problem()
+    assert set(trainer("none").fit((x, y), epochs=1).column("lr_scale")) == {1.0}
+    with pytest.raises(ValueError, match="since WithoutRate has no lr"):
+        trainer("linear").fit((x, y), epochs=1)
 
 
 class TestSummedLosses:

@@ -141,6 +141,15 @@ def test_seesaw_divides_the_rate_by_the_root_of_what_it_multiplies_the_size_with
     ]
 
 
+@pytest.mark.parametrize("kind", [DontDecay, Seesaw])
+def test_a_decay_of_another_run_is_not_one_of_this(kind: Any) -> None:
+    policy = kind()
+    assert policy.propose(measurement(update=900, lr=0.1, peak_lr=0.1)) == 32.0
+    assert policy.propose(measurement(update=910, lr=0.05, peak_lr=0.1)) == 64.0
+    assert policy.propose(measurement(update=10, lr=0.01, peak_lr=0.01)) == 32.0
+    assert policy.propose(measurement(update=20, lr=0.005, peak_lr=0.01)) == 64.0
+
+
 @pytest.mark.parametrize("policy", [DontDecay(), Seesaw()])
 def test_a_warm_up_is_no_decay(policy):
     rates = [0.01, 0.05, 0.1]

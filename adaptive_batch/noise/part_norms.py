@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +36,8 @@ def _norm(gradient: Tensor) -> Tensor:
 
 def grad_sq_norm(parameters: Iterable[nn.Parameter], metric: Metric | None = None) -> Tensor | None:
     """Squared norm of all gradients together, as a tensor on their device; ``None`` without gradients."""
-    held = [p for p in dict.fromkeys(parameters) if p.grad is not None]
-    gradients: list[Any] = [p.grad for p in held] if metric is None else [metric(p, p.grad) for p in held]  # type: ignore[arg-type]
+    held = ((p, p.grad) for p in dict.fromkeys(parameters))
+    gradients = [g if metric is None else metric(p, g) for p, g in held if g is not None]
     return sq_norm([_values(gradient) for gradient in gradients]) if gradients else None
 
 

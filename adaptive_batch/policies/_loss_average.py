@@ -34,6 +34,8 @@ class LossAverage:
     def update(self, measurement: Measurement) -> bool:
         """Take in the mean loss of the updates since the last call; the same update again changes nothing.
 
+        One that does not say which update it is (0) is the next.
+
         Returns:
             Whether it is of another run than those before, which are forgotten then.
         """
@@ -41,9 +43,10 @@ class LossAverage:
         if is_other_run:
             self._total = self._weight = 0.0
             self._seen = 0
-        if measurement.update <= self._seen or not math.isfinite(loss):
+        since = measurement.update - self._seen if measurement.update else 1
+        if not since or not math.isfinite(loss):
             return is_other_run
-        kept = self._decay ** (measurement.update - self._seen)
+        kept = self._decay**since
         self._total = kept * self._total + (1 - kept) * loss
         self._weight = kept * self._weight + 1 - kept
         self._seen = measurement.update

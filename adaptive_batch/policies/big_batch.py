@@ -20,8 +20,8 @@ class BigBatch:
 
     De, Yadav, Jacobs, Goldstein, *Automated inference with adaptive batches*, AISTATS 2017, arXiv:1610.05792.
     With ``theta = 1``, as in the paper's algorithm, a batch fails where its unbiased estimate of ``|G|^2``
-    is not positive. Every measured update is tested once and by itself, the newest at each decision; its
-    ``|g_B|^2`` is put as ``|G|^2 + V_B / B`` with ``B`` the present size.
+    is not positive. Every measured update is tested once and by itself, the newest at each decision, and the averages
+    where it is not known; ``|g_B|^2`` is put as ``|G|^2 + V_B / B`` with ``B`` the present size.
 
     The paper extends the batch at hand before it steps; here the batches that follow are larger. Its own step sizes
     (Barzilai-Borwein, line search) are not part of the policy.
@@ -50,12 +50,14 @@ class BigBatch:
 
     def propose(self, measurement: Measurement) -> float:
         """Returns the larger size after a failed test of a new measurement, otherwise the present one."""
-        size = measurement.batch_size
-        if measurement.measured_update <= self._tested:
+        size, update = measurement.batch_size, measurement.measured_update
+        sq_norm, variance = measurement.measured_grad_sq_norm, measurement.measured_grad_variance
+        if not update:
+            sq_norm, variance = measurement.grad_sq_norm, measurement.grad_variance
+        elif update == self._tested:
             return float(size)
-        self._tested = measurement.measured_update
-        noise = measurement.measured_grad_variance / size
-        failed = self.theta**2 * (measurement.measured_grad_sq_norm + noise) <= noise
+        self._tested = update
+        failed = self.theta**2 * (sq_norm + variance / size) <= variance / size
         return float(size + max(1, math.floor(self.delta * size)) if failed else size)
 
     def reason(self, measurement: Measurement, batch_size: int) -> str:

@@ -29,10 +29,17 @@ class _InPlaceOfDecay:
             raise ValueError(f"step={step} is no growth of a batch: pass 1 or more.")
         self.step = step
         self._peak = 0.0
+        self._seen = 0
 
     def propose(self, measurement: Measurement) -> float:
-        """Returns ``B0 peak / lr``; the present size where that is less than ``step`` away, or the rate is 0."""
+        """Returns ``B0 peak / lr``; the present size where that is less than ``step`` away, or the rate is 0.
+
+        An update before the last one is another run's, whose rates have nothing to do with those before.
+        """
         lr, size = measurement.lr, float(measurement.batch_size)
+        if measurement.update < self._seen:
+            self._peak = 0.0
+        self._seen = measurement.update
         if not 0 < lr < math.inf:
             return size
         self._peak = max(self._peak, lr, measurement.peak_lr if measurement.peak_lr < math.inf else lr)
@@ -56,8 +63,8 @@ class _InPlaceOfDecay:
         return f"the schedule has the learning rate at {share:.3g} of its peak"
 
     def state_dict(self) -> dict[str, Any]:
-        """The highest rate so far."""
-        return {"peak": self._peak}
+        """The highest rate so far, and the last update."""
+        return {"peak": self._peak, "seen": self._seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what :meth:`state_dict` gave.
@@ -65,7 +72,8 @@ class _InPlaceOfDecay:
         Raises:
             ValueError: if the state is not one of this policy.
         """
-        self._peak = _state.checked(self, state, peak=_state.is_weight)["peak"]
+        state = _state.checked(self, state, peak=_state.is_weight, seen=_state.is_count)
+        self._peak, self._seen = state["peak"], state["seen"]
 
 
 class DontDecay(_InPlaceOfDecay):

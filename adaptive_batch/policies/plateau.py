@@ -61,13 +61,18 @@ class Plateau:
         self.threshold = threshold
         self.unit = check_unit(unit, "Plateau")
         self.every = check_length("every", every, unit)
+        self._start()
+
+    def _start(self) -> None:
         self._window = self._seen = self._bad = self._plateaus = 0
         self._sum = self._samples = 0.0
         self._best = math.inf
 
     def propose(self, measurement: Measurement) -> float:
-        """Returns ``B0 factor^n``."""
-        if measurement.samples > self._seen:
+        """Returns ``B0 factor^n``; samples fewer than before are another run's."""
+        if measurement.samples < self._seen:
+            self._start()
+        if measurement.samples != self._seen or not measurement.samples:
             self._take(measurement)
         return grown(measurement.reference_batch_size, self.factor, self._plateaus)
 
