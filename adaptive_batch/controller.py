@@ -408,10 +408,11 @@ class BatchSizeController:
         Also where it is not identified any more: gradients that grow, as before a divergence, take the rate back. Where
         no noise scale is the least, the estimate may take it back, and never raise it.
         """
-        least = _least_noise_scale(noise.grad_sq_norm, noise.interval(RATE_EVIDENCE))
+        interval = noise.interval(RATE_EVIDENCE)
+        least = _least_noise_scale(noise.grad_sq_norm, interval)
         if least is not None:
             self._rate_noise_scale = least
-        elif noise.grad_sq_norm > 0:
+        elif interval == (0, math.inf) and noise.grad_sq_norm > 0:
             self._rate_noise_scale = min(self._rate_noise_scale, max(noise.grad_variance, 0.0) / noise.grad_sq_norm)
 
     def _estimate(self) -> GradientNoiseScale:
@@ -424,18 +425,19 @@ class BatchSizeController:
         """Of an update whose parts were not measured; NaN where nothing was."""
         if math.isfinite(sq_norm):
             self._look_back(size)
-            weight, likely = self._level.take_in(sq_norm)
+            unit, likely = self._level.take_in(sq_norm, size)
             for noise in self._noises:
-                noise.update_norm(likely, size, weight=weight)
+                noise.update_norm(likely, size, unit=unit)
 
     def _absorb_parts(self, m: Measurement, part_sq_norms: list[float], sq_norm: float) -> None:
         if len(part_sq_norms) < 2:
             self._absorb_norm(m.batch_size, sq_norm)
             return
-        self._look_back(sum(m.part_sizes))
-        weight, _ = self._level.take_in(sq_norm) if math.isfinite(sq_norm) else (1.0, sq_norm)
+        size = sum(m.part_sizes)
+        self._look_back(size)
+        unit, _ = self._level.take_in(sq_norm, size) if math.isfinite(sq_norm) else (1.0, sq_norm)
         for noise in self._noises:
-            noise.update(part_sq_norms, m.part_sizes, sq_norm, weight=weight)
+            noise.update(part_sq_norms, m.part_sizes, sq_norm, unit=unit)
         if "inner_products" in self._needs:  # other sources than pairs of parts may stand for the norms of pairs
             self.inner_products.update(part_sq_norms, m.part_sizes, sq_norm)
         newest = two_batch_estimate(part_sq_norms, m.part_sizes, sq_norm)
@@ -916,7 +918,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "rate_noise_scale": lambda value: _is_number(value) and not value < 0,
     "peak_lr": _is_number,
     "ages": lambda value: isinstance(value, list) and all(map(_is_age, value)),
-    "level": lambda value: _are_numbers(value, 2) and not min(value) < 0,
+    "level": lambda value: _are_numbers(value, 3) and (all(v >= 0 for v in value) or all(v != v for v in value)),
     "noise": lambda value: isinstance(value, list) and len(value) == len(NOISE_MEMORY_FRACTIONS),
     "newest": lambda value: _are_numbers(value, 3),
     "pending": lambda value: isinstance(value, list),

@@ -10,8 +10,8 @@ import numpy as np
 
 # 64 nodes integrate the density of t to rounding over every range that a confidence below 1 asks for.
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
-_ROUNDING = 4 * math.ulp(1.0)
-"""Of a sum of probabilities."""
+_MOST = 1 - 1e-9
+"""Confidence beyond which rounding would say more about the quantile than the density."""
 
 
 @lru_cache(maxsize=256)
@@ -23,7 +23,7 @@ def student_t_quantile(confidence: float, dof: float) -> float:
     Cornish's expansion around the normal quantile, whose other terms are positive too.
 
     Args:
-        confidence: probability of the interval around 0, between 0 and 1.
+        confidence: probability of the interval around 0, between 0 and 1; above ``1 - 1e-9`` it counts as that.
         dof: degrees of freedom, at least 1; need not be whole.
 
     Raises:
@@ -33,6 +33,7 @@ def student_t_quantile(confidence: float, dof: float) -> float:
         raise ValueError(f"confidence={confidence} is not a probability between 0 and 1; pass 0.95, say.")
     if not 1 <= dof < math.inf:
         raise ValueError(f"dof={dof} is not a finite number of degrees of freedom from 1 on; pass at least 1.")
+    confidence = min(confidence, _MOST)
     log_constant = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)
     constant = 2 / math.sqrt(math.pi) * math.exp(log_constant)
     normal = -NormalDist().inv_cdf((1 - confidence) / 2)
@@ -40,10 +41,7 @@ def student_t_quantile(confidence: float, dof: float) -> float:
     for _ in range(100):
         density = constant * np.cos(angle * (_NODES + 1) / 2) ** (dof - 1)
         probability = angle / 2 * float(_NODE_WEIGHTS @ density)
-        missing = confidence - probability
-        if missing < _ROUNDING:  # next to a confidence of 1 a step from there would go anywhere
-            break
-        step = missing / (constant * math.cos(angle) ** (dof - 1))
+        step = (confidence - probability) / (constant * math.cos(angle) ** (dof - 1))
         angle += step
         if step < 1e-13 * angle:
             break

@@ -32,7 +32,7 @@ ones wait, in proportion to the square of its quantile.
 
 _NOT_KNOWN = (math.nan, math.nan)
 
-_STATE = {"memory", "blocks", "decay", "total", "gap", "measurements", "skipped"}
+_STATE = {"memory", "blocks", "decay", "total", "gap", "units", "measurements", "skipped"}
 
 _FINENESS = 2 * MAX_BLOCKS
 """A block is closed once it has one part in so many of all weight, so that a long run closes one now and then."""
@@ -55,10 +55,13 @@ class GradientNoiseScale:
     more exact, by far if ``tr(Sigma)`` comes from the norms of single examples. A measured ``tr(Sigma)`` stands for
     the updates since the one before, each of its own ``B``: small ones, such as the tails of epochs, are noisier.
 
-    An update weighs ``1 - exp(-samples / memory)``, close to proportional to its samples, times a factor of its own if
-    it is given one, and decays by ``exp(-samples / memory)``: the averages look back over the same stretch of data
-    whatever the batch size. They are divided by the sum of their weights, so that the first update's average is the
-    first update's estimate.
+    An update weighs ``1 - exp(-samples / memory)``, close to proportional to its samples, and decays by
+    ``exp(-samples / memory)``: the averages look back over the same stretch of data whatever the batch size. They are
+    divided by the sum of their weights, so that the first update's average is the first update's estimate.
+
+    Each update's squared norms may be given in a ``unit`` of its own, for a gradient that changes by orders of
+    magnitude: the noise scale is then the ratio of the averages in these units, which speak of all updates alike, and
+    ``|G|^2`` and ``tr(Sigma)`` are the averages times the units' harmonic mean.
 
     The interval is Fieller's for a ratio of means, from the jackknife over some 64 blocks of consecutive updates;
     when there are too many, those neighbours that weigh least together become one.
@@ -103,17 +106,19 @@ class GradientNoiseScale:
     def reset(self) -> None:
         """Forget all measurements; ``memory`` stays."""
         # Oldest first: sums over the updates of a block of the weight, |g_B|^2 times the weight, and over those that
-        # its measured ones stand for the weight, tr(Sigma) / B and tr(Sigma) times it. The weights have yet to decay.
+        # its measured ones stand for the weight, tr(Sigma) / B and tr(Sigma) times it. The weights have yet to decay,
+        # the norms are in their updates' units.
         self._blocks: list[list[float]] = [[0.0] * 5]
         self._decay = 1.0
         self._total = 0.0  # weight of all blocks but the last
         self._gap = [0.0, 0.0]  # sums of weight and weight / B over the updates that the next measured one stands for
+        self._units = [0.0, 0.0]  # sums of weight and weight / unit over all updates
         self._measurements = 0
         self._skipped = 0
         self._forget_answers()
 
     def update(
-        self, part_sq_norms: Numbers, part_sizes: Numbers, sq_norm: float | Tensor, *, weight: float = 1.0
+        self, part_sq_norms: Numbers, part_sizes: Numbers, sq_norm: float | Tensor, *, unit: float = 1.0
     ) -> None:
         """Take in the parts of one update; one part or a norm that is not finite is skipped and counted.
 
@@ -121,7 +126,7 @@ class GradientNoiseScale:
             part_sq_norms: ``[n]`` squared norms of the mean gradients of the update's ``n`` parts.
             part_sizes: ``[n]`` samples of each part.
             sq_norm: squared norm of the mean of the parts' gradients weighted by their sizes.
-            weight: factor on the update's weight in the averages; unbiased if it is known before the update is.
+            unit: what the norms are averaged in; the averages are unbiased if it is known before the update is.
 
         Raises:
             ValueError: if the sequences differ in length, or a size is not positive.
@@ -132,15 +137,15 @@ class GradientNoiseScale:
             self._skipped += 1
             return
         self._measurements += 1
-        self._add(sum(sizes), float(sq_norm), grad_variance, weight)
+        self._add(sum(sizes), float(sq_norm), grad_variance, unit)
 
-    def update_norm(self, sq_norm: float | Tensor, size: float, *, weight: float = 1.0) -> None:
+    def update_norm(self, sq_norm: float | Tensor, size: float, *, unit: float = 1.0) -> None:
         """Take in an update whose parts were not measured.
 
         Args:
             sq_norm: squared norm ``|g_B|^2`` of its mean gradient; skipped unless finite.
             size: its samples.
-            weight: as for :meth:`update`.
+            unit: as for :meth:`update`.
 
         Raises:
             ValueError: if the size is not positive.
@@ -149,9 +154,9 @@ class GradientNoiseScale:
             raise ValueError(f"an update of {size} samples cannot be measured; pass a positive size.")
         value = float(sq_norm)
         if math.isfinite(value):
-            self._add(size, value, None, weight)
+            self._add(size, value, None, unit)
 
-    def _add(self, size: float, sq_norm: float, grad_variance: float | None, weight: float) -> None:
+    def _add(self, size: float, sq_norm: float, grad_variance: float | None, unit: float) -> None:
         """One more update; without ``grad_variance`` its norm alone."""
         if self._estimated is not None or self._intervals:
             self._forget_answers()
@@ -159,13 +164,16 @@ class GradientNoiseScale:
         if self._decay < _SMALLEST:
             self._multiply_out()
         newest = self._blocks[-1]
-        weight *= -math.expm1(-size / self._memory) / self._decay
+        weight = -math.expm1(-size / self._memory) / self._decay
         newest[0] += weight
-        newest[1] += weight * sq_norm
-        gap = self._gap
+        newest[1] += weight * (sq_norm / unit)
+        gap, units = self._gap, self._units
+        units[0] += weight
+        units[1] += weight / unit
         gap[0] += weight
         gap[1] += weight / size
         if grad_variance is not None:
+            grad_variance /= unit
             newest[2] += gap[0]
             newest[3] += gap[1] * grad_variance
             newest[4] += gap[0] * grad_variance
@@ -181,6 +189,7 @@ class GradientNoiseScale:
         self._blocks = [block for block in blocks if block[0] > 0] + [[self._decay * v for v in self._blocks[-1]]]
         self._total = sum(block[0] for block in self._blocks[:-1])
         self._gap = [self._decay * value for value in self._gap]
+        self._units = [self._decay * value for value in self._units]
         self._decay = 1.0
 
     def _forget_answers(self) -> None:
@@ -201,12 +210,12 @@ class GradientNoiseScale:
     @property
     def grad_sq_norm(self) -> float:
         """``|G|^2``: unbiased average, negative at times while not identified; NaN before any measurement."""
-        return self._estimates()[1]
+        return self._estimates()[1] * self._unit
 
     @property
     def grad_variance(self) -> float:
         """``tr(Sigma)`` of one sample's gradient: unbiased average; NaN before any measurement."""
-        return self._estimates()[0]
+        return self._estimates()[0] * self._unit
 
     @property
     def identified(self) -> bool:
@@ -216,7 +225,10 @@ class GradientNoiseScale:
     @property
     def noise_scale(self) -> float:
         """``phi = tr(Sigma) / |G|^2`` in samples, at least 0; NaN while not identified."""
-        return max(self.grad_variance, 0.0) / self.grad_sq_norm if self.identified else math.nan
+        if not self.identified:
+            return math.nan
+        grad_variance, grad_sq_norm = self._estimates()
+        return max(grad_variance, 0.0) / grad_sq_norm
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Interval that contains the noise scale of the averaged updates with that confidence, in samples.
@@ -248,7 +260,7 @@ class GradientNoiseScale:
         return fieller_interval(self._estimates(), covariance, student_t_quantile(confidence, dof))
 
     def _estimates(self) -> tuple[float, float]:
-        """``tr(Sigma)`` and ``|G|^2``."""
+        """``tr(Sigma)`` and ``|G|^2`` in the updates' units."""
         if self._estimated is None:
             weight, norm, measured, share, variance = map(sum, zip(*self._blocks, strict=True))
             if measured:
@@ -260,6 +272,12 @@ class GradientNoiseScale:
                 self._estimated = _NOT_KNOWN
         return self._estimated
 
+    @property
+    def _unit(self) -> float:
+        """The harmonic mean of the updates' units."""
+        weight, inverse = self._units
+        return weight / inverse if inverse else math.nan
+
     def state_dict(self) -> dict[str, Any]:
         """``memory``, the blocks and the counts, as plain numbers and lists."""
         return {
@@ -268,6 +286,7 @@ class GradientNoiseScale:
             "decay": self._decay,
             "total": self._total,
             "gap": list(self._gap),
+            "units": list(self._units),
             "measurements": self._measurements,
             "skipped": self._skipped,
         }
@@ -286,12 +305,13 @@ class GradientNoiseScale:
         memory, blocks = _checked_memory(state["memory"]), _checked_blocks(state["blocks"])
         decay, total = _checked_numbers("decay and total", [state["decay"], state["total"]], 2)
         gap = _checked_numbers("gap", state["gap"], 2)
+        units = _checked_numbers("units", state["units"], 2)
         measurements = _checked_count("measurements", state["measurements"])
         skipped = _checked_count("skipped", state["skipped"])
         holding = sum(block[2] > 0 for block in blocks)
         if measurements < holding or not decay > 0:
             raise ValueError(f"{measurements} measurements do not go with the blocks; load what state_dict() returned.")
-        self.memory, self._blocks, self._gap = memory, blocks, gap
+        self.memory, self._blocks, self._gap, self._units = memory, blocks, gap, units
         self._decay, self._total = decay, total
         self._measurements, self._skipped = measurements, skipped
         self._forget_answers()
