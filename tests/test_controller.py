@@ -23,6 +23,7 @@ from adaptive_batch import measurement as measurement_module
 from adaptive_batch.controller import BatchSizeController, Decision
 from adaptive_batch.lr_scaling import gain
 from adaptive_batch.measurement import Measurement
+from adaptive_batch.noise import GradientNoiseScale
 from adaptive_batch.noise.schedule import measures_noise
 from adaptive_batch.policies import (
     CABS,
@@ -788,8 +789,9 @@ class TestState:
             {"settled": True},
             {"noise_scale": None},
             {"noise_scale": -2.0},
-            {"level": [1.0]},
-            {"level": [-1.0, 1.0]},
+            {"level": [1.0, 1.0]},
+            {"level": [-1.0, 1.0, 32.0]},
+            {"level": [1.0, math.nan, 32.0]},
             {"newest": [0, 1.0]},
             {"noise": {}},
             {"step_time": {}},
@@ -927,7 +929,47 @@ def test_a_gradient_that_has_fallen_a_thousandfold_is_forgotten_as_soon_as_any_o
     assert run.steps(60).controller.noise.grad_sq_norm < 10
 
 
-def test_averages_that_are_weighed_by_the_level_are_unbiased() -> None:
+def test_a_noise_scale_that_stays_while_gradients_fall_does_not_raise_the_rate() -> None:
+    # Norms of updates that are not measured fall at once, and tr(Sigma) is measured later.
+    def fall(m: Measurement) -> Measurement:
+        times = 1e-3 if m.update > 2000 else 1.0
+        sq_norm = m.sq_norm if len(m.part_sq_norms) else 1 + 30 / m.batch_size
+        return replace(m, part_sq_norms=[times * n for n in m.part_sq_norms], sq_norm=times * sq_norm)
+
+    run = Run(controller_of(lambda m: 16 * B0), phi=30.0, edit=fall)
+    run.batch_size = 16 * B0
+    run.steps(2000)
+    before = run.controller.lr_factor(16 * B0)
+    while run.update < 2300:
+        run.step()
+        assert 0.9 * before < run.controller.lr_factor(16 * B0) < 1.1 * before
+    assert run.controller.noise.grad_sq_norm == pytest.approx(1e-3, rel=0.3)
+    assert run.controller.noise.grad_variance == pytest.approx(30e-3, rel=0.3)
+
+
+def test_tails_that_are_not_measured_are_no_outliers() -> None:
+    # Each norm is what it is expected to be: a tail's is 125 times that of the other updates.
+    controller = controller_of(lambda m: 256, reference_batch_size=256)
+    for update in range(1, 1001):
+        size = 256 if update % 10 else 2
+        measured = update % 7 == 0 and size > 2
+        parts = {"part_sq_norms": [1 + 2000 / 128] * 2, "part_sizes": [128, 128]} if measured else {}
+        controller.observe(Measurement(update=update, batch_size=size, sq_norm=1 + 2000 / size, **parts))
+    assert controller.noise.grad_sq_norm == pytest.approx(1.0)
+    assert controller.noise.grad_variance == pytest.approx(2000.0)
+
+
+def test_without_an_interval_the_rate_stays() -> None:
+    run = Run(controller_of(lambda m: B0), phi=100.0, edit=longer(lambda update: 0.0, 100.0)).steps(600)
+    known = run.controller.rate_noise_scale
+    state = run.controller.state_dict()
+    run.controller.load_state_dict({**state, "noise": [GradientNoiseScale().state_dict() for _ in state["noise"]]})
+    run.steps(30)
+    assert math.isnan(run.controller.noise.interval(0.5)[0]) and run.controller.noise.grad_sq_norm > 0
+    assert run.controller.rate_noise_scale == known > 0
+
+
+def test_averages_in_units_of_the_level_are_unbiased() -> None:
     found = [
         (run.controller.noise.grad_sq_norm, run.controller.noise.grad_variance)
         for run in (Run(controller_of(lambda m: B0), phi=30.0, seed=seed).steps(150) for seed in range(60))

@@ -382,8 +382,9 @@ def test_t_quantile_agrees_with_printed_tables(dof: float, confidence: float, ta
     assert student_t_quantile(confidence, dof) == pytest.approx(table, abs=5.1e-5)
 
 
-def test_t_quantile_grows_up_to_the_last_confidence_below_one() -> None:
-    quantiles = [student_t_quantile(1 - 2.0**-bits, 10) for bits in (10, 20, 30, 40, 53)]
+@pytest.mark.parametrize("dof", [1, 5, 10, 176, 889, 1000])
+def test_t_quantile_does_not_fall_up_to_the_last_confidence_below_one(dof: float) -> None:
+    quantiles = [student_t_quantile(1 - 2.0**-bits, dof) for bits in (10, 20, 30, 40, 53)]
     assert quantiles == sorted(quantiles) and quantiles[-1] < math.inf
 
 
@@ -602,6 +603,7 @@ def test_state_of_an_unused_scale_can_be_loaded() -> None:
         ("blocks", "none"),
         ("blocks", None),
         ("blocks", []),
+        ("units", [1.0]),
         ("measurements", -1),
         ("measurements", 1),
         ("measurements", 2.5),
@@ -619,7 +621,7 @@ def test_malformed_state_is_refused_and_changes_nothing(key: str, value: object)
     assert scale.state_dict() == before
 
 
-@pytest.mark.parametrize("key", ["memory", "blocks", "measurements", "skipped"])
+@pytest.mark.parametrize("key", ["memory", "blocks", "units", "measurements", "skipped"])
 def test_state_without_one_of_its_parts_is_refused(key: str) -> None:
     state = GradientNoiseScale().state_dict()
     del state[key]
@@ -754,3 +756,37 @@ def test_updates_since_the_last_measured_one_do_not_bias_the_average_after_a_res
     for _ in range(30):
         scale.update_norm(1 + 256 / 512, 512)
         assert scale.grad_sq_norm == pytest.approx(1.0, rel=1e-9)
+
+
+def test_norms_in_units_of_their_own_by_hand() -> None:
+    # |G|^2 of 4 and 1, tr(Sigma) of 80 and 20: in units of 4 and 1 both are 1 and 20; 2 / (1/4 + 1) = 1.6.
+    scale = GradientNoiseScale(memory=1e9)
+    for unit in (4.0, 1.0):
+        scale.update([unit * (1 + 20 / 8)] * 2, [8, 8], unit * (1 + 20 / 16), unit=unit)
+        scale.update_norm(unit * (1 + 20 / 16), 16, unit=unit)
+    assert scale.grad_sq_norm == pytest.approx(1.6)
+    assert scale.grad_variance == pytest.approx(32.0)
+    again = GradientNoiseScale()
+    again.load_state_dict(scale.state_dict())
+    assert (again.grad_sq_norm, again.grad_variance) == (scale.grad_sq_norm, scale.grad_variance)
+
+
+def test_a_unit_is_forgotten_with_the_norms_that_were_in_it() -> None:
+    scale = GradientNoiseScale(memory=16)
+    for update in range(1000):
+        unit = 1e6 if update < 500 else 1.0
+        scale.update([unit * (1 + 20 / 8)] * 2, [8, 8], unit * (1 + 20 / 16), unit=unit)
+    assert (scale.grad_sq_norm, scale.grad_variance) == pytest.approx((1.0, 20.0))
+
+
+def test_a_unit_that_all_norms_share_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    plain, scaled = GradientNoiseScale(memory=3000), GradientNoiseScale(memory=3000)
+    for _ in range(400):
+        parts, norm = (10 + 3 * rng.standard_normal(2)).tolist(), 8 + rng.standard_normal()
+        plain.update(parts, [8, 8], norm)
+        scaled.update(parts, [8, 8], norm, unit=1e-3)
+    assert scaled.grad_sq_norm == pytest.approx(plain.grad_sq_norm)
+    assert scaled.grad_variance == pytest.approx(plain.grad_variance)
+    assert scaled.interval() == pytest.approx(plain.interval())
+    assert scaled.noise_scale == pytest.approx(plain.noise_scale)
