@@ -953,7 +953,7 @@ def test_tails_that_are_not_measured_are_no_outliers() -> None:
     for update in range(1, 1001):
         size = 256 if update % 10 else 2
         measured = update % 7 == 0 and size > 2
-        parts = {"part_sq_norms": [1 + 2000 / 128] * 2, "part_sizes": [128, 128]} if measured else {}
+        parts: dict[str, Any] = {"part_sq_norms": [1 + 2000 / 128] * 2, "part_sizes": [128, 128]} if measured else {}
         controller.observe(Measurement(update=update, batch_size=size, sq_norm=1 + 2000 / size, **parts))
     assert controller.noise.grad_sq_norm == pytest.approx(1.0)
     assert controller.noise.grad_variance == pytest.approx(2000.0)
