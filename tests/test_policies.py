@@ -355,6 +355,26 @@ def test_what_is_no_policy_is_refused(policy):
         resolve_policy(policy)
 
 
+class _WithoutArgument:
+    def propose(self) -> float:
+        return 7.0
+
+
+class _Number:
+    propose = 7
+
+
+@pytest.mark.parametrize("policy", [lambda: 7, lambda m, n: 7, _WithoutArgument(), _Number()])
+def test_what_does_not_take_a_measurement_is_refused_at_once(policy: Any) -> None:
+    with pytest.raises(TypeError, match="take one argument, a measurement"):
+        resolve_policy(policy)
+
+
+@pytest.mark.parametrize("policy", [lambda m, n=3: 7, lambda *m: 7])
+def test_what_can_be_called_with_a_measurement_is_a_policy(policy: Any) -> None:
+    assert resolve_policy(policy).propose(Measurement()) == 7
+
+
 def test_only_built_in_policies_that_measure_count_as_measured():
     assert is_measured(Goodput()) and is_measured(NoiseScale())
     assert not is_measured(Constant()) and not is_measured(Milestones({1: 2}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, Protocol, runtime_checkable
@@ -116,6 +117,10 @@ def resolve_policy(policy: str | Policy | Callable[[Measurement], float]) -> Pol
         raise TypeError(
             f"policy={policy!r} is not a policy: pass a name, an object with a propose method, or a function."
         )
+    if not _takes_a_measurement(found.propose if found is policy else policy):
+        raise TypeError(
+            f"policy={policy!r} cannot be asked: let its function or propose take one argument, a measurement."
+        )
     unknown = sorted(set(_a_set(policy, getattr(found, "needs", ()))).difference(_STATISTICS))
     if unknown:
         *most, last = _STATISTICS
@@ -123,6 +128,18 @@ def resolve_policy(policy: str | Policy | Callable[[Measurement], float]) -> Pol
             f"policy={policy!r} needs {unknown}, which nothing measures: its needs can be {', '.join(most)} and {last}."
         )
     return found
+
+
+def _takes_a_measurement(function: Any) -> bool:
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(Measurement())
+    except TypeError:
+        return False
+    except ValueError:
+        return True  # of a built-in function nobody knows what it takes
+    return True
 
 
 def _a_set(policy: object, needs: Any) -> Any:
