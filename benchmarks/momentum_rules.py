@@ -1,6 +1,6 @@
 """Learning-rate rules under momentum: does a run reach its target, and in how many samples and updates.
 
-Fashion-MNIST and diamonds of benchmarks/workloads.py under SGD with several momenta, each from a batch of 32 at the
+Fashion-MNIST and the better conditioned diamonds of benchmarks/workloads.py under SGD with several momenta, each from a batch of 32 at the
 rate that is best there, as far as a step goes: the tuned rate of the workload times ``1 - m`` over its own. The goodput
 policy decides about the size. No number depends on the machine's load, except through the sizes that are chosen.
 
@@ -25,10 +25,10 @@ from adaptive_batch.callbacks import AdaptiveBatchSize
 
 # Workload, momentum, Nesterov's or not, rate at a batch of 32.
 CASES = (
-    ("diamonds", 0.5, False, 0.14),
-    ("diamonds", 0.8, False, 0.056),
-    ("diamonds", 0.9, False, 0.028),
-    ("diamonds", 0.9, True, 0.028),
+    ("diamonds_log", 0.5, False, 0.14),
+    ("diamonds_log", 0.8, False, 0.056),
+    ("diamonds_log", 0.9, False, 0.028),
+    ("diamonds_log", 0.9, True, 0.028),
     ("fashion", 0.8, False, 0.0282),
     ("fashion", 0.9, False, 0.0141),
     ("fashion", 0.9, True, 0.0141),
