@@ -1,8 +1,9 @@
 """Learning-rate rules under momentum: does a run reach its target, and in how many samples and updates.
 
-Fashion-MNIST and the better conditioned diamonds of benchmarks/workloads.py under SGD with several momenta, each from a batch of 32 at the
-rate that is best there, as far as a step goes: the tuned rate of the workload times ``1 - m`` over its own. The goodput
-policy decides about the size. No number depends on the machine's load, except through the sizes that are chosen.
+Fashion-MNIST and the well-conditioned diamonds of benchmarks/workloads.py under SGD with several momenta, each from a
+batch of 32 at the rate that is best there, as far as a step goes: the tuned rate of the workload times ``1 - m`` over
+its own. The goodput policy decides about the size. No number depends on the machine's load, except through the sizes
+that are chosen.
 
     python benchmarks/momentum_rules.py [--seeds 5]
 """
