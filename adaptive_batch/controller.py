@@ -892,6 +892,10 @@ def _are_numbers(value: object, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(map(_is_number, value))
 
 
+def _are_finite(values: list[float]) -> bool:
+    return all(0 <= value < math.inf for value in values)
+
+
 def _is_age(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and _is_count(value[0]) and _is_number(value[1])
 
@@ -918,7 +922,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "rate_noise_scale": lambda value: _is_number(value) and not value < 0,
     "peak_lr": _is_number,
     "ages": lambda value: isinstance(value, list) and all(map(_is_age, value)),
-    "level": lambda value: _are_numbers(value, 3) and (all(v >= 0 for v in value) or all(v != v for v in value)),
+    "level": lambda value: _are_numbers(value, 3) and (_are_finite(value) or all(v != v for v in value)),
     "noise": lambda value: isinstance(value, list) and len(value) == len(NOISE_MEMORY_FRACTIONS),
     "newest": lambda value: _are_numbers(value, 3),
     "pending": lambda value: isinstance(value, list),

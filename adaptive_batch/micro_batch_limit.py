@@ -57,10 +57,7 @@ class MicroBatchLimit:
 
     def sizes(self, samples: int, *, parts: int = 1) -> list[int]:
         """Samples of each pass of a batch, in ``parts`` passes at least where it has as many samples."""
-        most = self.of(samples)
-        if most >= samples and parts == 1:
-            return [samples]
-        return balanced_sizes(samples, min(most, -(-samples // parts)), self.smallest)
+        return balanced_sizes(samples, min(self.of(samples), -(-samples // parts)), self.smallest)
 
     def _affordable(self) -> int | None:
         if self.budget is None:

@@ -604,7 +604,7 @@ class AdaptiveBatchSize(CallbackBase):
             original(batch_idx, closure)
         finally:
             self._end_bare_steps()
-        if self._clock is not None and self._trainer.lr_scheduler_configs:
+        if self._clock is not None:
             worth = gain(self._counted, self._reference, self._controller.rate_noise_scale)
             self._due = self._clock.advance(self._plain, self._position, worth, last=last)
             self._updated_at = _lightning.batches_started(self._trainer)

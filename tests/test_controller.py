@@ -792,6 +792,7 @@ class TestState:
             {"level": [1.0, 1.0]},
             {"level": [-1.0, 1.0, 32.0]},
             {"level": [1.0, math.nan, 32.0]},
+            {"level": [math.inf, 1.0, 32.0]},
             {"newest": [0, 1.0]},
             {"noise": {}},
             {"step_time": {}},

@@ -23,13 +23,14 @@ class GradientLevel:
     A run's gradient falls by orders of magnitude, most of all at its start. An average over more than a moment then
     speaks of the largest gradients, however long ago: 32 updates of memory take 220 updates to forget a ``|G|^2``
     a thousand times as large. In units of the level each update counts alike, as it does where nothing falls. The
-    level of the updates before is known before an update is, so averages in such units stay unbiased.
+    level of the updates before is known before an update is, so what an update adds is not biased by its own noise.
 
     The unit is the lowest level so far: gradients that grow again, as before a divergence, count in full.
 
     What lies far above the level is one sample far from all others rather than a gradient that has changed, which the
     level follows. Where such an update was not measured by parts nothing would tell that it is noise. An update much
-    smaller than those before, such as an epoch's tail, is noisier: it is passed over and counts as it is.
+    smaller than those before, such as an epoch's tail, is noisier: it is passed over and counts as it is. Gradients
+    that are 0 but for rare samples are underestimated.
 
     Attributes:
         sq_norm: the level, NaN before the first update.

@@ -126,7 +126,7 @@ class GradientNoiseScale:
             part_sq_norms: ``[n]`` squared norms of the mean gradients of the update's ``n`` parts.
             part_sizes: ``[n]`` samples of each part.
             sq_norm: squared norm of the mean of the parts' gradients weighted by their sizes.
-            unit: what the norms are averaged in; the averages are unbiased if it is known before the update is.
+            unit: what the norms are averaged in; it must not depend on them, or the averages are biased.
 
         Raises:
             ValueError: if the sequences differ in length, or a size is not positive.
