@@ -14,6 +14,7 @@ from adaptive_batch.lr_scaling import GroupValues, LRScaling, NoScaling, resolve
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.noise import GradientNoiseScale, InnerProducts, two_batch_estimate
 from adaptive_batch.noise.level import GradientLevel
+from adaptive_batch.noise.schedule import PARTS, Schedule, measures_noise
 from adaptive_batch.policies import (
     Combined,
     Constant,
@@ -49,6 +50,10 @@ time: the machine may have been slow just then, and a size that is not in use is
 
 TIMED_EVERY = 3
 """Updates between two that run in parts while nothing else tells what a sample costs."""
+
+IDLE_NOISE = 1 / 4
+"""Share of the measurements of the noise that are still made while no noise scale could change the size or the rate:
+they cost what nobody gains, but the times of other sizes may turn out otherwise, and a user may look at the noise."""
 
 NOISE_MEMORY_UPDATES = 32
 NOISE_MEMORY_FRACTIONS = (1 / 16, 1 / 4)
@@ -183,6 +188,7 @@ class BatchSizeController:
         self._settled = 0
         self._retreats = 0
         self._measured_run = 0
+        self._noise_matters = True
         self._last_noise_scale = self._rate_noise_scale = math.nan
         self._estimates = (math.nan, math.nan, math.nan)
         self._peak_lr = math.nan
@@ -244,6 +250,12 @@ class BatchSizeController:
         A rate that is too high diverges, and one that is too low only takes longer. ``NaN`` before there is one.
         """
         return self._rate_noise_scale
+
+    def measures_noise(self, update: int, schedule: Schedule = PARTS) -> bool:
+        """Whether the noise of update ``update`` (from 0) should be measured; rarely while nothing could come of it."""
+        if "noise" not in self.needs:
+            return False
+        return measures_noise(update, schedule if self._noise_matters else schedule.thinned(IDLE_NOISE))
 
     def times_parts(self, update: int) -> bool:
         """Whether update ``update`` (from 0) should run in two unequal parts, whose times say what a sample costs."""
@@ -360,7 +372,9 @@ class BatchSizeController:
         described = self._describe(measurement, loss=loss)
         if self.record is not None:
             self.record(replace(described, seconds=math.nan, peak_memory=math.nan, step_time=None))
-        return self._decide(described)
+        decision = self._decide(described)
+        self._noise_matters = decision is not None or self._could_change(described)
+        return decision
 
     def decide(self, measurement: Measurement) -> Decision | None:
         """Ask the policy about a measurement of an earlier run, as it was recorded there.
@@ -596,11 +610,27 @@ class BatchSizeController:
         """Nothing changes; but where a larger update costs too much, no noise scale could make it pay."""
         goodput = getattr(self._active, "goodput", None)
         size = self._bounded(self._grid_above(m.batch_size), m)
-        if goodput is not None and size > m.batch_size:
-            all_noise = replace(m, noise_scale=math.inf)
-            if goodput(size, all_noise) < (1 + MIN_PROMISE) * goodput(m.batch_size, all_noise):
-                return _Stay("cost", lambda: f"it would not pay at any noise scale{self._cost_in_words(m, size)}")
+        if (
+            goodput is not None
+            and size > m.batch_size
+            and not _may_pay(goodput, size, replace(m, noise_scale=math.inf))
+        ):
+            return _Stay("cost", lambda: f"it would not pay at any noise scale{self._cost_in_words(m, size)}")
         return _Stay("noise", lambda: "the gradient noise scale is not identified yet")
+
+    def _could_change(self, m: Measurement) -> bool:
+        """Whether some noise scale makes another size pay, within the bounds or above, or moves the rate at this one.
+
+        A larger size gains most where noise is everything, a smaller one where there is none.
+        """
+        goodput = getattr(self.policy, "goodput", None)
+        follows = m.batch_size != self.reference_batch_size and "noise" in getattr(self.lr_scaling, "needs", ())
+        if goodput is None or not self.careful or follows:
+            return True
+        above, below = self._grid_above(m.batch_size), self._bounded(self._grid_below(m.batch_size), m)
+        return _may_pay(goodput, above, replace(m, noise_scale=math.inf)) or (
+            below < m.batch_size and _may_pay(goodput, below, replace(m, noise_scale=0.0))
+        )
 
     @property
     def _is_new(self) -> bool:
@@ -753,6 +783,7 @@ class BatchSizeController:
             "settled": self._settled,
             "retreats": self._retreats,
             "measured_run": self._measured_run,
+            "noise_matters": self._noise_matters,
             "noise_scale": self._last_noise_scale,
             "rate_noise_scale": self._rate_noise_scale,
             "peak_lr": self._peak_lr,
@@ -799,12 +830,18 @@ class BatchSizeController:
         self._settled = state["settled"]
         self._retreats = state["retreats"]
         self._measured_run = state["measured_run"]
+        self._noise_matters = state["noise_matters"]
         self._last_noise_scale, self._rate_noise_scale = state["noise_scale"], state["rate_noise_scale"]
         self._peak_lr = state["peak_lr"]
         self._ages.load_state_dict(state["ages"])
         update, sq_norm, variance = state["newest"]
         self._newest = (update, sq_norm, variance)
         self._estimate()
+
+
+def _may_pay(goodput: Callable[[float, Measurement], float], size: float, m: Measurement) -> bool:
+    """Whether a change to ``size`` promises enough, as far as its time is known."""
+    return not goodput(size, m) < (1 + MIN_PROMISE) * goodput(m.batch_size, m)
 
 
 def _least_noise_scale(grad_sq_norm: float, interval: tuple[float, float]) -> float | None:
@@ -918,6 +955,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "settled": _is_count,
     "retreats": _is_count,
     "measured_run": _is_count,
+    "noise_matters": lambda value: isinstance(value, bool),
     "noise_scale": lambda value: _is_number(value) and not value < 0,
     "rate_noise_scale": lambda value: _is_number(value) and not value < 0,
     "peak_lr": _is_number,

@@ -28,7 +28,6 @@ from adaptive_batch.lr_scaling import GroupValues, has_lr, scaled_lr, scheduled_
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.memory import parse_budget, usable_memory
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
-from adaptive_batch.noise.schedule import measures_noise
 from adaptive_batch.pairs import Rows, no_collate, to_device
 from adaptive_batch.timing import Elapsed, mark
 from adaptive_batch.transaction import random_state, set_random_state
@@ -385,7 +384,7 @@ class _Trainer:
 
     def _measures(self) -> bool:
         """Whether the next update is one whose noise is measured."""
-        return self._needs_noise and measures_noise(self._updates)
+        return self._controller is not None and self._controller.measures_noise(self._updates)
 
     def _warn_of_unknown_noise(self, executor: Executor) -> None:
         if self._needs_noise and not executor.measurable:

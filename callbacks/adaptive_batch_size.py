@@ -31,7 +31,6 @@ from adaptive_batch.lr_scaling import LRScaling, Scaled, gain, has_lr, resolve_l
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.memory import resident_bytes
 from adaptive_batch.micro_batching import UNEQUAL
-from adaptive_batch.noise.schedule import measures_noise
 from adaptive_batch.noise.sources import check_source
 from adaptive_batch.order import SeededOrder
 from adaptive_batch.policies import DontDecay, Policy, Seesaw, resolve_policy
@@ -500,7 +499,7 @@ class AdaptiveBatchSize(CallbackBase):
             self._window_started = now - waited
             noise = not self._manual and "noise" in self._controller.needs
             self._executor.start_update(
-                measure=noise and measures_noise(self._updates, self._executor.noise_schedule),
+                measure=noise and self._controller.measures_noise(self._updates, self._executor.noise_schedule),
                 watch=noise,
                 time_parts=self._rows >= UNEQUAL and self._controller.times_parts(self._updates),
             )

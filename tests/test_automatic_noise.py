@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from adaptive_batch.callbacks import AdaptiveBatchSize, GradientNoiseMonitor
 from adaptive_batch.measurement import Measurement
+from adaptive_batch.noise.schedule import measures_noise
 
 
 class Keep:
@@ -259,6 +260,26 @@ def test_the_time_of_a_part_leaves_out_what_its_data_took() -> None:
     assert {samples for samples, _ in times["passes"]} >= {4, 12}
     assert all(seconds == 1 + samples / 4 for samples, seconds in times["passes"])
     assert [16, 16 + 1 + 16 / 4] in times["updates"]  # an update's time has it
+
+
+def test_where_no_larger_size_could_pay_few_updates_are_split_for_the_noise() -> None:
+    now = [0.0]
+
+    class Proportional(Convolutional):
+        """Only samples take time."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            now[0] += len(batch[1])
+            loss: Tensor = super().training_step(batch, batch_idx)
+            return loss
+
+    callback = AdaptiveBatchSize(max_batch_size=64)
+    with patch("time.perf_counter", lambda: now[0]):
+        fit(Proportional(), loader(batch_size=4), [callback], max_epochs=30)
+    assert not callback.history.changes
+    late = [u for u in callback.history.updates if u.step > 200]
+    split = sum(2 * u.micro_batch_size <= u.batch_size + 1 for u in late)
+    assert 0 < 3 * split < sum(measures_noise(u.step - 1) for u in late)
 
 
 def test_updates_of_three_samples_are_not_timed_in_parts_and_so_measured_as_often_as_others() -> None:

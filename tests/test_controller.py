@@ -158,6 +158,11 @@ def decisions(run: Run) -> list[Decision]:
     return [decision for _, decision in run.changes]
 
 
+def due(controller: BatchSizeController | None = None) -> int:
+    """Of updates 1000 to 20,000 those whose noise is measured, by a controller or by the schedule alone."""
+    return sum(map(measures_noise if controller is None else controller.measures_noise, range(1000, 20_000)))
+
+
 class Asked:
     """A policy that proposes what it is given, one after the other, and remembers what it saw."""
 
@@ -210,6 +215,46 @@ class TestGoodputInSimulation:
         assert run.changes == []
         costs = [re.search(r"an update of 64 takes ([\d.]+) times as long", note) for note in run.notes]
         assert any(cost is not None and 1.7 < float(cost[1]) < 2.3 for cost in costs), run.notes
+
+    def test_noise_that_could_change_nothing_is_measured_a_quarter_as_often(self):
+        controller = controller_of()
+        assert due(controller) == due()  # before anything is known
+        Run(controller, phi=1e4, time=lambda b: b / 1000, jitter=0.0).steps(200)
+        assert due(controller) == pytest.approx(due() / 4, abs=1)
+        restored = controller_of()
+        restored.load_state_dict(controller.state_dict())
+        assert due(restored) == due(controller)
+
+    @pytest.mark.parametrize(
+        ("policy", "options", "phi", "time"),
+        [
+            ("goodput", {}, 10.0, lambda b: 2.0 + b / 32),
+            ("goodput", {"max_batch_size": B0}, 1e4, lambda b: 2.0 + b / 32),
+            ("goodput", {}, 1e4, lambda b: max(1.0, b / 64)),
+            ("goodput", {"lr_scaling": "sqrt", "min_batch_size": B0 // 2}, 1e4, lambda b: b / 1000),
+            ("goodput", {"quantize": False}, 10.0, lambda b: b / 1000),
+            ("noise_scale", {}, 10.0, lambda b: b / 1000),
+        ],
+        ids=[
+            "a larger size might pay",
+            "above the maximum one might",
+            "the rate follows it",
+            "a smaller size might pay",
+            "each proposal counts",
+            "no time",
+        ],
+    )
+    def test_noise_that_could_change_something_is_measured_as_often_as_ever(self, policy, options, phi, time):
+        controller = controller_of(policy, **options)
+        Run(controller, time=time, jitter=0.0, edit=with_estimates(phi)).steps(400)
+        assert due(controller) == due()
+
+    def test_noise_is_measured_again_when_a_larger_size_may_pay_after_all(self):
+        run = Run(controller_of(), phi=1e4, time=lambda b: b / 1000, jitter=0.0).steps(200)
+        assert due(run.controller) < due()
+        run.time = lambda b: 0.1 if b == B0 else b / 1000  # passes as before, an update much more
+        run.passes = False
+        assert due(run.steps(100).controller) == due()
 
     def test_a_promise_below_five_per_cent_is_not_worth_a_change(self):
         run = Run(controller_of(), jitter=0.0, edit=with_estimates(38.0)).steps(600)

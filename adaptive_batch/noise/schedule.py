@@ -22,6 +22,10 @@ class Schedule(NamedTuple):
     first: float
     rate: float
 
+    def thinned(self, share: float) -> Schedule:
+        """That ``share`` of the measurements."""
+        return Schedule(share * self.first, share * self.rate)
+
 
 PARTS = Schedule(0, 3)
 """For measurements by the parts of an update."""
