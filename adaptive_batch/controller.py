@@ -738,12 +738,23 @@ class BatchSizeController:
         return current
 
     def _grid_above(self, current: int) -> float:
+        """The least ``B0 2^k`` that is more than ``current`` when it is rounded, as ``current`` may have been."""
         base = float(self.reference_batch_size or current)
-        return float(base * 2.0 ** (math.floor(math.log2(current / base) + 1e-9) + 1))
+        power = math.floor(math.log2(current / base))
+        while self._rounded(base * 2.0**power) <= current:
+            power += 1
+        return float(base * 2.0**power)
 
     def _grid_below(self, current: int) -> float:
+        """The largest ``B0 2^k`` that is less than ``current`` when it is rounded."""
         base = float(self.reference_batch_size or current)
-        return float(base * 2.0 ** (math.ceil(math.log2(current / base) - 1e-9) - 1))
+        power = math.ceil(math.log2(current / base))
+        while self._rounded(base * 2.0**power) >= current:
+            power -= 1
+        return float(base * 2.0**power)
+
+    def _rounded(self, size: float) -> int:
+        return round(size / self.multiple_of) * self.multiple_of
 
     @property
     def _bounds(self) -> tuple[int, float]:
@@ -759,7 +770,7 @@ class BatchSizeController:
 
     def _clamp(self, size: float) -> int:
         smallest, largest = self._bounds
-        return int(min(max(round(size / self.multiple_of) * self.multiple_of, smallest), largest))
+        return int(min(max(self._rounded(size), smallest), largest))
 
     def _words(self, m: Measurement, size: int, proposal: float) -> str:
         """Why ``size``, in the policy's words if it has any."""

@@ -612,6 +612,20 @@ class TestRounding:
         grid = [B0 // 2**k for k in range(1, 6) if B0 // 2**k > minimum]
         assert [d.batch_size for d in decisions(run)] == [*grid, minimum]
 
+    @pytest.mark.parametrize("reference", [30, 50, 75, 100, 300])
+    @pytest.mark.parametrize("step", [1, 3])
+    def test_rounded_sizes_are_left_both_ways_like_any_other(self, reference, step):
+        reference *= step
+        controller = controller_of("noise_scale", reference_batch_size=reference, min_batch_size=1, multiple_of=step)
+        run = Run(controller, jitter=0.0, edit=with_estimates(2.0 * step)).steps(1000)
+        assert run.batch_size <= 4 * step
+        down = [d.batch_size for d in decisions(run)]
+        run.edit = with_estimates(4000.0)
+        run.steps(2000)
+        assert run.batch_size >= 1000
+        up = [d.batch_size for d in decisions(run)[len(down) :]]
+        assert up[: len(down)] == [*reversed(down[:-1]), reference]
+
     @pytest.mark.parametrize(("bounds", "size"), [({"min_batch_size": 50}, 50), ({"max_batch_size": 20}, 20)])
     def test_a_start_outside_the_bounds_is_left_at_the_first_question(self, bounds, size):
         run = Run(controller_of("goodput", **bounds)).steps(10)
