@@ -41,6 +41,9 @@ MAX_GROWTH = 2.0
 MIN_DWELL = 20
 """Updates at a size, the first one included, before it is left (Sievert & Charles 2019, arXiv:1910.08222)."""
 
+NO_SHOW = 10 * MIN_DWELL
+"""Updates after which a size that was decided counts as in use, whatever sizes the data gives."""
+
 SETTLE = 2
 """Updates at a new size that are not timed: autotuning, recompilation and caches belong to the change."""
 
@@ -182,7 +185,7 @@ class BatchSizeController:
         self._updates = 0
         self._changed_at = 0
         self._previous = reference_batch_size
-        self._rewarmed = 0  # updates made at the size in force, which come some time after it was decided
+        self._at_size = 0  # updates made at the size in force, which come some time after it was decided
         self._factor_before = 1.0
         self._measured_samples = 0
         self._settled = 0
@@ -275,8 +278,8 @@ class BatchSizeController:
             return float(self.policy.lr_factor(batch_size, self.reference_batch_size, lr))
         factor = self._rule_factor(batch_size)
         rewarm = getattr(self.lr_scaling, "rewarm", 0)
-        if self._rewarmed < rewarm:
-            share = (self._rewarmed + 1) / (rewarm + 1)
+        if self._at_size < rewarm:
+            share = (self._at_size + 1) / (rewarm + 1)
             factor = min(factor, self._factor_before + share * max(0.0, factor - self._factor_before))
         return factor
 
@@ -361,7 +364,7 @@ class BatchSizeController:
         if self.batch_size is None:
             self.batch_size = self.reference_batch_size
         self._pending.append(measurement)
-        self._rewarmed += self._is_at_size(measurement.batch_size)
+        self._at_size += self._is_at_size(measurement.batch_size)
         if math.isfinite(measurement.lr) and not measurement.lr <= self._peak_lr:
             self._peak_lr = measurement.lr
         self._updates += 1
@@ -382,13 +385,17 @@ class BatchSizeController:
         Size, bounds and step times are this controller's own; the rest is the measurement's.
         """
         assert self.batch_size is not None
+        same = measurement.batch_size == self.batch_size
         self._updates = measurement.update
+        self._at_size = measurement.updates_at_size if same else measurement.update - self._changed_at
         return self._decide(replace(measurement, batch_size=self.batch_size, step_time=self.step_time))
 
     def _is_at_size(self, samples: int) -> bool:
         """Whether an update's samples are nearer to the size in force than to the one before."""
         assert self.batch_size is not None
         before = self._previous or self.batch_size
+        if before == self.batch_size:
+            return True
         halfway = math.sqrt(before * self.batch_size)
         return samples >= halfway if self.batch_size >= before else samples <= halfway
 
@@ -493,6 +500,7 @@ class BatchSizeController:
             m,
             batch_size=self.batch_size,
             reference_batch_size=self.reference_batch_size,
+            updates_at_size=self._at_size,
             peak_lr=self._peak_lr,
             loss=loss,
             part_sq_norms=(),
@@ -524,7 +532,7 @@ class BatchSizeController:
         self._noted.clear()
         self._changed_at = self._updates
         assert self.batch_size is not None
-        self._factor_before, self._rewarmed = self.lr_factor(self.batch_size, m.lr), 0
+        self._factor_before, self._at_size = self.lr_factor(self.batch_size, m.lr), 0
         self._previous = self.batch_size
         self._settled = 0
         self._retreats += answer.batch_size < answer.previous
@@ -634,7 +642,8 @@ class BatchSizeController:
 
     @property
     def _is_new(self) -> bool:
-        return self._updates - self._changed_at < MIN_DWELL
+        waited = self._updates - self._changed_at
+        return waited < MIN_DWELL or (self._at_size < MIN_DWELL and waited < NO_SHOW)
 
     def _trial(self, m: Measurement) -> Decision | _Stay:
         """A step only to learn its time, up from surely below the noise scale or down from surely above.
@@ -788,7 +797,7 @@ class BatchSizeController:
             "updates": self._updates,
             "changed_at": self._changed_at,
             "previous": self._previous,
-            "rewarmed": self._rewarmed,
+            "at_size": self._at_size,
             "factor_before": self._factor_before,
             "measured_samples": self._measured_samples,
             "settled": self._settled,
@@ -836,7 +845,7 @@ class BatchSizeController:
         self._updates = state["updates"]
         self._changed_at = state["changed_at"]
         self._previous = state["previous"]
-        self._rewarmed, self._factor_before = state["rewarmed"], state["factor_before"]
+        self._at_size, self._factor_before = state["at_size"], state["factor_before"]
         self._measured_samples = state["measured_samples"]
         self._settled = state["settled"]
         self._retreats = state["retreats"]
@@ -960,7 +969,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "updates": _is_count,
     "changed_at": _is_count,
     "previous": lambda value: value is None or _is_size(value),
-    "rewarmed": _is_count,
+    "at_size": _is_count,
     "factor_before": lambda value: _is_number(value) and 0 <= value < math.inf,
     "measured_samples": _is_count,
     "settled": _is_count,

@@ -76,7 +76,15 @@ _UPDATE_FIELDS = [field.name for field in dataclasses.fields(Update)]
 _COUNTS = 5  # the leading fields are whole numbers
 
 _MOST_MEASUREMENTS = 2000
-_MEASURED_COUNTS = ("update", "epoch", "samples", "batch_size", "reference_batch_size", "measured_update")
+_MEASURED_COUNTS = (
+    "update",
+    "epoch",
+    "samples",
+    "batch_size",
+    "reference_batch_size",
+    "updates_at_size",
+    "measured_update",
+)
 _MEASURED_NUMBERS = (
     "lr",
     "peak_lr",

@@ -54,6 +54,7 @@ class Measurement:
         samples: samples consumed up to and including this update, over all epochs and ranks.
         batch_size: ``B``, samples of this update over all ranks and micro-batches.
         reference_batch_size: ``B0``, the size that the learning rate was tuned for.
+        updates_at_size: for a policy, updates made at ``batch_size`` since it was decided.
         lr: the scheduled learning rate of the first parameter group, before scaling.
         peak_lr: for a policy, the highest such rate so far.
         loss: mean loss of the update's samples; for a policy, of all updates since it was last asked.
@@ -82,6 +83,7 @@ class Measurement:
     samples: int = 0
     batch_size: int = 1
     reference_batch_size: int = 1
+    updates_at_size: int = 0
     lr: float = math.nan
     peak_lr: float = math.nan
     loss: Number = math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import io
 import itertools
@@ -528,6 +529,36 @@ class TestHazards:
             run.step(7 if i % every == 0 else None)
         assert 64 <= run.batch_size <= 256
         assert all(size >= B0 for size in run.controller.step_time.measured)
+
+    @pytest.mark.parametrize("ahead", [0, 5, 16, 64])
+    @pytest.mark.parametrize("policy", ["goodput", "noise_scale"])
+    def test_a_size_is_kept_for_twenty_updates_that_were_made_at_it(self, policy, ahead):
+        run = Run(controller_of(policy), phi=1000.0, time=lambda b: 1 + b / 100)
+        drawn = collections.deque([B0] * ahead)
+        made: collections.Counter[int] = collections.Counter()
+        while run.update < 1500:
+            drawn.append(run.batch_size)
+            size = drawn.popleft()
+            made[size] += 1
+            decision = run.step(size)
+            if decision is not None:
+                assert made[decision.previous] >= controller_module.MIN_DWELL
+                made.clear()
+        assert len(run.changes) >= 3
+
+    def test_with_many_batches_ahead_a_size_that_turns_out_slow_is_still_left_again(self):
+        run = Run(controller_of(), phi=300.0, time=lambda b: 0.01 + b / 1e6 if b < 100 else 0.05)
+        drawn = collections.deque([B0] * 16)
+        while run.update < 800:
+            drawn.append(run.batch_size)
+            run.step(drawn.popleft())
+        assert max(run.sizes) == 128 and run.batch_size == 64
+
+    def test_a_size_that_no_batch_ever_has_is_left_again_all_the_same(self):
+        run = Run(controller_of(lambda m: 64.0 if m.update < 40 else 32.0, quantize=True))
+        while run.update < 600:
+            run.step(B0)
+        assert [d.batch_size for d in decisions(run)] == [64, 32]
 
     def test_batches_that_vary_around_the_size_are_timed(self):
         run = Run(controller_of(), phi=160.0)

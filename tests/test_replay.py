@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +43,18 @@ def test_the_policy_of_the_run_decides_as_it_did(policy):
         (update, d.batch_size, d.previous, d.reason) for update, d in run.changes
     ]
     assert isinstance(policy, BigBatch) or replayed
+
+
+def test_a_run_with_batches_ahead_is_replayed_as_it_was():
+    controller, history = controller_of("noise_scale"), History()
+    controller.record = history.measurements.append
+    run, drawn = Run(controller, phi=2000.0), deque([32] * 16)
+    while run.update < 600:
+        drawn.append(run.batch_size)
+        run.step(drawn.popleft())
+    replayed = replay(history, "noise_scale", max_batch_size=4096)
+    assert [(c.step, c.batch_size) for c in replayed] == [(update, d.batch_size) for update, d in run.changes]
+    assert len(replayed) >= 3
 
 
 def test_another_policy_on_the_same_measurements():
