@@ -137,6 +137,7 @@ class BatchSizeController:
         step_time: the :class:`StepTimeModel` fed with the updates' times.
         exchange: on several ranks, makes one list of measurements of those that each rank made, of plain numbers.
         agree: on several ranks, gives all of them the same proposal.
+        others_need: statistics that something else than policy and rule uses, such as a clock in units of the gain.
         record: is given each measurement that the policy is asked with, in plain numbers.
 
     Raises:
@@ -164,6 +165,7 @@ class BatchSizeController:
         if quantize is not None:
             check_flags(quantize=quantize)
         self.policy = resolve_policy(policy)
+        self.others_need: frozenset[str] = frozenset()
         self.lr_scaling = resolve_lr_scaling(lr_scaling, policy=self.policy)
         self.min_batch_size = min_batch_size
         self.max_batch_size = max_batch_size
@@ -220,7 +222,7 @@ class BatchSizeController:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What has to be measured for policy and learning-rate rule: any of ``"noise"`` and ``"step_time"``."""
+        """What has to be measured for policy, learning-rate rule and others: any of ``"noise"`` and ``"step_time"``."""
         if self._keeps_all:
             return frozenset()
         needs = self._needs
@@ -233,8 +235,12 @@ class BatchSizeController:
 
     @property
     def _needs(self) -> frozenset[str]:
-        """As policy and rule name them."""
-        return frozenset(getattr(self.policy, "needs", ())) | frozenset(getattr(self.lr_scaling, "needs", ()))
+        """As policy, rule and others name them."""
+        return frozenset(getattr(self.policy, "needs", ())) | self._needs_besides
+
+    @property
+    def _needs_besides(self) -> frozenset[str]:
+        return frozenset(getattr(self.lr_scaling, "needs", ())) | self.others_need
 
     @property
     def noise_scale(self) -> float:
@@ -627,12 +633,12 @@ class BatchSizeController:
         return _Stay("noise", lambda: "the gradient noise scale is not identified yet")
 
     def _could_change(self, m: Measurement) -> bool:
-        """Whether some noise scale makes another size pay, within the bounds or above, or moves the rate at this one.
+        """Whether some noise scale makes another size pay, within the bounds or above, or counts at this one.
 
         A larger size gains most where noise is everything, a smaller one where there is none.
         """
         goodput = getattr(self.policy, "goodput", None)
-        follows = m.batch_size != self.reference_batch_size and "noise" in getattr(self.lr_scaling, "needs", ())
+        follows = m.batch_size != self.reference_batch_size and "noise" in self._needs_besides
         if goodput is None or not self.careful or follows:
             return True
         above, below = self._grid_above(m.batch_size), self._bounded(self._grid_below(m.batch_size), m)

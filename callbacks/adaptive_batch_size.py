@@ -181,6 +181,8 @@ class AdaptiveBatchSize(CallbackBase):
             adjust_every=adjust_every,
             quantize=quantize,
         )
+        if schedule_clock == "gain":
+            self._controller.others_need = frozenset({"noise"})
         self._controller.record = self.history.measurements.append
         self._patches = Patches()
         self._loaded: Mapping[str, Any] | None = None  # a checkpoint's state, until the loop goes on from it

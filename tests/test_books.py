@@ -519,7 +519,10 @@ class TestOtherClocks:
         assert made.global_step > 3 * BATCHES
         assert made.lr_scheduler_configs[0].scheduler.last_epoch == 3 * BATCHES
 
-    def test_gain_with_a_known_noise_scale_adds_up_the_gains(self) -> None:
+    @pytest.mark.parametrize(("needs", "rule"), [({"noise"}, "auto"), (set(), "sqrt")])
+    def test_gain_adds_up_the_gains_whether_or_not_policy_and_rule_ask_for_the_noise(
+        self, needs: set[str], rule: str
+    ) -> None:
         class Known(pl.Callback):
             def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
                 now.append(callback.controller.rate_noise_scale)
@@ -527,8 +530,8 @@ class TestOtherClocks:
         now: list[float] = []
         model = Scheduled("LambdaLR")
         policy: Any = lambda m: 48  # noqa: E731
-        policy.needs = frozenset({"noise"})
-        callback = AdaptiveBatchSize(policy, max_batch_size=48, adjust_every=1, schedule_clock="gain")
+        policy.needs = frozenset(needs)
+        callback = AdaptiveBatchSize(policy, max_batch_size=48, adjust_every=1, schedule_clock="gain", lr_scaling=rule)
         made = fit(model, loader(), [callback, Known()], max_epochs=4)
         assert any(math.isfinite(value) and value > 0 for value in now)
         progress = 0.0
