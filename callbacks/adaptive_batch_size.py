@@ -394,8 +394,8 @@ class AdaptiveBatchSize(CallbackBase):
             )
             for limit in (1.0, self._limits.limit)
         )
-        self._set_bounds(plain)
-        largest, samples = self._controller.max_batch_size, sampler.samples
+        self._set_bounds(plain, sampler)
+        largest, samples = self._bounds[1], sampler.samples
         own = isinstance(sampler, UserBatchSampler)
         if sampler.drop_last and not own and samples and largest and largest > samples * plain.accumulate:
             raise ValueError(
@@ -421,7 +421,7 @@ class AdaptiveBatchSize(CallbackBase):
             clock = SampleClock(steps)
         return clock
 
-    def _set_bounds(self, plain: PlainEpoch) -> None:
+    def _set_bounds(self, plain: PlainEpoch, sampler: AdaptiveBatchSampler) -> None:
         controller = self._controller
         if controller.reference_batch_size is None:
             controller.reference_batch_size = plain.batch_size * plain.accumulate
@@ -436,6 +436,11 @@ class AdaptiveBatchSize(CallbackBase):
                 f"max_batch_size={largest} is below the batch size {reference} that training starts with; raise it, or "
                 "give the loader a smaller batch_size (and set min_batch_size to go below the start)."
             )
+        # Under a limit in batches these may be of any size; otherwise no batch has more samples than an epoch.
+        samples = sampler.samples if isinstance(self._limits.limit, int) else plain.samples
+        self._most_samples = None if samples is None else max(samples, reference)
+        if self._most_samples is not None:
+            largest = min(largest, self._most_samples)
         controller.min_batch_size, controller.max_batch_size = smallest, largest
         controller.multiple_of = plain.accumulate
 
@@ -464,6 +469,11 @@ class AdaptiveBatchSize(CallbackBase):
                 trainer,
                 f'policy="{self._policy.name}" grows the batch as the learning rate decays, but configure_optimizers '
                 "returned no scheduler that would lower it; return one, unless the module does that by itself.",
+            )
+        largest, samples = self._bounds[1], self._most_samples
+        if samples is not None and largest is not None and largest > samples:
+            self._say(
+                trainer, f"no batch has more than the {samples} samples of an epoch: max_batch_size is {samples}."
             )
         # MemoryMonitor measures every update.
         self._memory_is_logged = any(isinstance(c, MemoryMonitor) for c in _lightning.callbacks_of(trainer))
@@ -935,7 +945,8 @@ class AdaptiveBatchSize(CallbackBase):
         self._position, self._noted = state_dict["position"], state_dict["noted"]
         self._loaded = state_dict if "sampler" in state_dict else None
         if self._books is not None and self._controller.reference_batch_size is None:
-            self._set_bounds(self._plain)  # saved before there was a loader, as tuners do
+            assert self._sampler is not None
+            self._set_bounds(self._plain, self._sampler)  # saved before there was a loader, as tuners do
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """What is each rank's own goes into the checkpoint; one that comes of an exception is made by whoever can."""

@@ -420,6 +420,21 @@ class TestBooks:
         assert math.isnan(callback.history.updates[-1].noise_scale)
         assert made.lr_scheduler_configs[0].scheduler.last_epoch == made.global_step
 
+    @pytest.mark.parametrize(
+        ("options", "most"), [({}, SAMPLES), ({"limit_train_batches": 0.5}, 96), ({"limit_train_batches": 2}, SAMPLES)]
+    )
+    def test_no_size_is_larger_than_an_epoch_and_that_is_said(
+        self, options: dict[str, Any], most: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model, callback = Classifier(), AdaptiveBatchSize(lambda m: 5000, max_batch_size=4096, adjust_every=1)
+        with caplog.at_level("INFO"):
+            made = fit(model, loader(), [callback], max_epochs=4, **options)
+        assert callback.batch_size == most == callback.history.updates[-1].batch_size
+        assert float(made.callback_metrics["adaptive_batch/batch_size"]) == most
+        assert (
+            caplog.text.count(f"no batch has more than the {most} samples of an epoch: max_batch_size is {most}.") == 1
+        )
+
     def test_accumulation_counts_whole_updates(self) -> None:
         model = Classifier()
         callback = AdaptiveBatchSize(lambda m: 96, max_batch_size=96, adjust_every=1, lr_scaling="linear")
