@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from adaptive_batch.ages import Ages
@@ -22,6 +23,7 @@ from adaptive_batch.policies import (
     _words,
     active_policy,
     bounded,
+    constant_size,
     is_measured,
     resolve_policy,
 )
@@ -231,7 +233,10 @@ class BatchSizeController:
     @property
     def _keeps_all(self) -> bool:
         """Whether the size stays what it is without this package."""
-        return isinstance(self.policy, Constant) and self.policy.batch_size in (None, self.reference_batch_size)
+        reference = self.reference_batch_size
+        if reference is None:
+            return isinstance(self.policy, Constant) and self.policy.batch_size is None
+        return constant_size(self.policy, reference) == reference == self._clamp(reference)
 
     @property
     def _needs(self) -> frozenset[str]:
@@ -281,7 +286,8 @@ class BatchSizeController:
         if self.reference_batch_size is None:
             return 1.0
         if hasattr(self.policy, "lr_factor"):
-            return float(self.policy.lr_factor(batch_size, self.reference_batch_size, lr))
+            own: object = self.policy.lr_factor(batch_size, self.reference_batch_size, lr)
+            return _checked_factor(own, _words.name(self.policy), batch_size)
         factor = self._rule_factor(batch_size)
         rewarm = getattr(self.lr_scaling, "rewarm", 0)
         if self._at_size < rewarm:
@@ -292,16 +298,7 @@ class BatchSizeController:
     def _rule_factor(self, batch_size: float) -> float:
         assert self.reference_batch_size is not None
         factor: object = self.lr_scaling.factor(batch_size, self.reference_batch_size, self._rate_noise_scale)
-        try:
-            number = float(factor)  # type: ignore[arg-type]  # refused below
-        except (TypeError, ValueError):
-            number = math.nan
-        if not 0 <= number < math.inf:
-            raise ValueError(
-                f"{_name(self.lr_scaling)} gave the factor {factor!r} for {batch_size:g} samples; return a number from "
-                "0 on."
-            )
-        return number
+        return _checked_factor(factor, _words.name(self.lr_scaling), batch_size)
 
     def sum_factor(self, batch_size: float) -> float:
         """Factor on a loss that is a sum over ``batch_size`` samples.
@@ -570,7 +567,7 @@ class BatchSizeController:
             return own if self.agree is None else self.agree(own)
         except (TypeError, ValueError):
             raise TypeError(
-                f"{_name(policy)} proposed {proposal!r}, which is no batch size; return a number of samples."
+                f"{_words.name(policy)} proposed {proposal!r}, which is no batch size; return a number of samples."
             ) from None
 
     def _careful_answer(self, m: Measurement, proposal: float) -> Decision | _Stay:
@@ -671,10 +668,14 @@ class BatchSizeController:
         words = partial(self._words, m, m.batch_size, proposal)
         smallest, largest = self._bounds
         if proposal > m.batch_size == largest:
-            return _Stay("maximum", lambda: f"{words()}, max_batch_size is {largest}")
+            return _Stay("maximum", lambda: f"{words()}, {self._in_words('max_batch_size', m.batch_size)}")
         if proposal < m.batch_size == smallest:
             return _Stay(
-                "minimum", lambda: f"{words()}{self._cost_in_words(m, 2 * m.batch_size)}, min_batch_size is {smallest}"
+                "minimum",
+                lambda: (
+                    f"{words()}{self._cost_in_words(m, 2 * m.batch_size)}, "
+                    f"{self._in_words('min_batch_size', m.batch_size)}"
+                ),
             )
         if proposal == m.batch_size:
             return _Stay("best", words)
@@ -728,13 +729,20 @@ class BatchSizeController:
         if not bound:
             return words
         wanted = f"{_words.count(proposal)} is wanted, but " if hasattr(self.policy, "reason") else ""
-        return f"{words}, {wanted}{bound} is {size}"
+        return f"{words}, {wanted}{self._in_words(bound, size)}"
 
     def _bound_in_words(self, present: int, size: int) -> str:
         """What moves the ``present`` size to ``size``."""
         if self._clamp(present) == present:
             return f"{type(self.policy).__name__} leaves no {'smaller' if size > present else 'larger'} size"
-        return f"{'min_batch_size' if size > present else 'max_batch_size'} is {size}"
+        return self._in_words("min_batch_size" if size > present else "max_batch_size", size)
+
+    def _in_words(self, bound: str, size: int) -> str:
+        """A bound that allows ``size`` at most or at least."""
+        value = getattr(self, bound)
+        if value is None or value == size:
+            return f"{bound} is {size}"
+        return f"{bound} is {value} and every size a multiple of {self.multiple_of}"
 
     def _neighbour(self, m: Measurement, proposal: float) -> int:
         """The next quantised size in the direction of the proposal, if the proposal is that far.
@@ -789,9 +797,7 @@ class BatchSizeController:
 
     def _words(self, m: Measurement, size: int, proposal: float) -> str:
         """Why ``size``, in the policy's words if it has any."""
-        explain = getattr(self.policy, "reason", None)
-        words = f"{_name(self.policy)} proposes {_words.count(proposal)}"
-        return words if explain is None else str(explain(m, size))
+        return _words.reason(self.policy, m, size, proposal)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to decide as this one would have; plain numbers only."""
@@ -879,6 +885,16 @@ def _least_noise_scale(grad_sq_norm: float, interval: tuple[float, float]) -> fl
     return low if grad_sq_norm > 0 and low < math.inf and (low > 0 or high < math.inf) else None
 
 
+def _checked_factor(factor: object, name: str, batch_size: float) -> float:
+    try:
+        number = float(factor)  # type: ignore[arg-type]  # refused below
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} gave the factor {factor!r} for {batch_size:g} samples; return a number from 0 on.")
+    return number
+
+
 def check_bounds(min_batch_size: int | None, max_batch_size: int | None) -> None:
     """Refuse bounds that no batch size can meet.
 
@@ -886,7 +902,7 @@ def check_bounds(min_batch_size: int | None, max_batch_size: int | None) -> None
         ValueError: if a bound is not a positive whole number, or the lower exceeds the upper.
     """
     for name, value in (("min_batch_size", min_batch_size), ("max_batch_size", max_batch_size)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name}={value!r} must be a positive whole number of samples, or None.")
     if min_batch_size is not None and max_batch_size is not None and min_batch_size > max_batch_size:
         raise ValueError(
@@ -992,7 +1008,3 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "pending": lambda value: isinstance(value, list),
 }
 """What each entry of a state has to be; ``noise``, ``inner_products``, ``step_time`` and ``policy`` check their own."""
-
-
-def _name(policy: object) -> str:
-    return getattr(policy, "name", type(policy).__name__)

@@ -138,7 +138,7 @@ class _Rule:
             values["lr"] = group["lr"] * factor * correction
         decay = group.get("weight_decay")
         if decay and group.get("decoupled_weight_decay", True):
-            kept = decay * scale / factor if self.weight_decay else decay
+            kept = decay * scale / factor if self.weight_decay and factor else decay
             if kept is not decay or correction != 1:  # the correction is of the moments, which decay has no part in
                 values["weight_decay"] = kept / correction
         return values
@@ -477,17 +477,26 @@ class Scaled:
         ]
         for group, change in zip(self._groups, self._set, strict=True):
             _write(group, change)
+        self._written = [_version(group) for group in self._groups]
 
     def take_over(self) -> None:
         """A rate that has been set since is the group's own, and scaled like it."""
         for index, (group, change) in enumerate(zip(self._groups, self._set, strict=True)):
-            lr = group.get("lr")
-            if "lr" not in change or isinstance(lr, Tensor) or lr == change["lr"]:
+            if "lr" not in change or not self._set_since(index):
                 continue
+            lr = _copy(group["lr"])
             _write(group, {**self.own[index], "lr": lr})
             self._set[index] = _changes(group, self._factor, self._values)
             self.own[index]["lr"] = lr
             _write(group, self._set[index])
+            self._written[index] = _version(group)
+
+    def _set_since(self, index: int) -> bool:
+        """Whether a group's rate is no longer what was written; of a tensor that is told without reading it."""
+        group = self._groups[index]
+        if isinstance(group["lr"], Tensor):
+            return _version(group) != self._written[index]
+        return bool(group["lr"] != self._set[index]["lr"])
 
     def put_back(self) -> None:
         """The groups have their own values again, exactly."""
@@ -530,6 +539,12 @@ def _changes(group: Mapping[str, Any], factor: float, values: GroupValues | None
     if factor != 1.0 and group.get("lr") is not None:
         change.setdefault("lr", group["lr"] * factor)
     return change
+
+
+def _version(group: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Which tensor a group's rate is, and how often it was written to."""
+    lr = group.get("lr")
+    return (id(lr), lr._version) if isinstance(lr, Tensor) else None
 
 
 def _copy(value: Any) -> Any:

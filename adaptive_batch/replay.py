@@ -23,12 +23,13 @@ def replay(
     min_batch_size: int | None = None,
     max_batch_size: int | None = None,
     quantize: bool | None = None,
+    multiple_of: int = 1,
 ) -> list[Change]:
     """What a policy would have decided, asked with the measurements of a recorded run.
 
     Its own decisions have no effect on the measurements: gradient noise, loss and learning rate are those of the run as
-    it was. That is exact for the policy of the run, unless it goes by step times: those of single passes are not
-    recorded. For any other it is a first answer.
+    it was. That is exact for the policy of the run with its arguments, unless it goes by step times: those of single
+    passes are not recorded. For any other it is a first answer.
 
     Schedules, functions and policies that go by loss and learning rate can be replayed on any run. Those that go by
     gradient noise need one that measured it: record it under such a policy, with ``dry_run=True`` if nothing
@@ -41,6 +42,7 @@ def replay(
         min_batch_size: smallest size; None is the reference size.
         max_batch_size: largest; None sets no bound.
         quantize: as of :class:`~adaptive_batch.BatchSizeController`.
+        multiple_of: every size is a multiple of it: the ``accumulate_grad_batches`` of the run.
 
     Returns:
         The changes, in order.
@@ -63,6 +65,7 @@ def replay(
         max_batch_size=max_batch_size,
         reference_batch_size=first.reference_batch_size,
         quantize=quantize,
+        multiple_of=multiple_of,
     )
     controller.batch_size = first.batch_size
     updates, changes = deque(history.updates), []

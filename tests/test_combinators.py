@@ -21,6 +21,7 @@ from adaptive_batch.policies import (
     GeometricGrowth,
     Goodput,
     Max,
+    Milestones,
     Min,
     NoiseScale,
     NormTest,
@@ -28,6 +29,7 @@ from adaptive_batch.policies import (
     Plateau,
     Sequential,
     active_policy,
+    constant_size,
     is_measured,
     resolve_policy,
 )
@@ -41,7 +43,43 @@ def test_clamp_keeps_the_proposals_within_its_bounds():
     policy = Clamp("noise_scale", min_batch_size=50, max_batch_size=100)
     assert [policy.propose(measurement(noise_scale=phi)) for phi in (3.0, 70.0, 900.0)] == [50.0, 70.0, 100.0]
     assert policy.needs == {"noise"}
-    assert policy.reason(measurement(noise_scale=3.0), 50) == "noise scale 3"
+
+
+def test_a_reason_says_what_a_combination_has_made_of_the_proposal():
+    def wants(m: Measurement) -> float:
+        return 500.0
+
+    m = measurement(noise_scale=70.0)
+    for policy, size, words in (
+        (Clamp(wants, max_batch_size=100), 100, "wants proposes 500, 500 is wanted, but Clamp leaves 100"),
+        (Clamp(wants, max_batch_size=1000), 500, "wants proposes 500"),
+        (Clamp("noise_scale", min_batch_size=80), 80, "noise scale 70, 70 is wanted, but Clamp leaves 80"),
+        (OnlyGrow(lambda m: 8), 32, "<lambda> proposes 8, 8 is wanted, but OnlyGrow leaves 32"),
+        (Max(wants, "constant"), 500, "wants proposes 500"),
+        (Max(wants, "noise_scale"), 500, "wants proposes 500"),
+        (Min(wants, "noise_scale"), 70, "noise_scale: noise scale 70"),
+        (Sequential({0: OnlyGrow(wants)}), 500, "wants proposes 500"),
+        (
+            Clamp(Milestones({0: 300}), max_batch_size=100),
+            100,
+            "milestone at 0 epochs, 300 is wanted, but Clamp leaves 100",
+        ),
+    ):
+        assert policy.propose(m) == size
+        assert policy.reason(m, size) == words
+
+
+@pytest.mark.parametrize(
+    ("policy", "size"),
+    [
+        (Constant(), 32), (Constant(64), 64), (Clamp("constant"), 32), (Clamp("constant", max_batch_size=8), 8),
+        (OnlyGrow("constant"), 32), (Sequential({0: "constant"}), 32), (Sequential({3: Constant(32)}), 32),
+        (Sequential({3: Constant(64)}), None), (Max("constant", Clamp("constant")), 32), (Goodput(), None),
+        (Max("constant", "goodput"), None),
+    ],
+)  # fmt: skip
+def test_what_is_always_proposed_is_known_without_asking(policy, size):
+    assert constant_size(policy, 32) == size
 
 
 @pytest.mark.parametrize("bounds", [(0, None), (10, 5), (None, 0)])

@@ -767,6 +767,13 @@ class TestWhatAPolicySees:
         assert (run.controller.rate_noise_scale, run.controller.noise_scale) == (low, run.controller.noise.noise_scale)
         assert run.controller.lr_factor(64) == pytest.approx((1 + low / 32) / (1 + low / 64))
 
+    @pytest.mark.parametrize("factor", [math.nan, math.inf, -1.0, "2x", None])
+    def test_a_policys_own_factor_that_is_none_is_refused(self, factor):
+        policy: Any = Asked(64.0)
+        policy.lr_factor = lambda *_: factor
+        with pytest.raises(ValueError, match=r"asked gave the factor .* for 64 samples; return a number from 0 on"):
+            controller_of(policy, lr_scaling="none").lr_factor(64, 0.1)
+
     def test_the_factor_keeps_the_last_noise_scale_while_nothing_tells(self):
         negative = False
 
@@ -1107,6 +1114,9 @@ def test_a_bound_that_keeps_a_schedule_from_its_size_is_named() -> None:
     assert first(lambda m: 8, min_batch_size=B0) == (None, "32 stays: <lambda> proposes 8, min_batch_size is 32")
     assert first(lambda m: 31.7, min_batch_size=B0) == (None, None)
     assert first(Milestones({0: 32})) == (None, None)
+    grown, _ = first(Milestones({0: 1024}), max_batch_size=100, multiple_of=16)
+    assert grown is not None and grown.reason.startswith("32 -> 96: ")
+    assert grown.reason.endswith("1024 is wanted, but max_batch_size is 100 and every size a multiple of 16")
 
 
 def test_what_is_neither_true_nor_false_is_no_flag() -> None:

@@ -192,6 +192,8 @@ _OPTIONS = LinearScaling(betas="half_life", weight_decay="timescale", rewarm=3)
         (GeometricGrowth(1.0), _OPTIONS),
         (Milestones({0: 64}), "sde"),
         (Clamp("constant"), "linear"),
+        (OnlyGrow("constant"), "adascale"),
+        (Sequential({0: "constant"}), "adascale"),
     ],
 )
 def test_a_size_that_stays_the_loaders_own_is_plain_lightning_bit_for_bit(digits, policy, rule):
@@ -202,6 +204,18 @@ def test_a_size_that_stays_the_loaders_own_is_plain_lightning_bit_for_bit(digits
     assert plain.losses == adapted.losses
     for p, q in zip(plain.parameters(), adapted.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_bound_that_moves_a_constant_size_has_its_rate_scaled_like_any_other(digits):
+    factors = []
+    for policy in ("constant", Constant(64), lambda m: 32):
+        callback = AdaptiveBatchSize(policy, min_batch_size=64, lr_scaling="adascale", adjust_every=5, verbose=False)
+        model = Digits()
+        fit(digits, model, [callback])
+        assert callback.batch_size == 64
+        factors.append([u.lr_scale for u in callback.history.updates])
+    assert factors[0] == factors[1] == factors[2]
+    assert max(factors[0]) > 1
 
 
 @pytest.mark.parametrize("make", [Plateau, CABS, DontDecay, lambda: Max(BigBatch(0.5, theta=0.5), "norm_test")])

@@ -174,14 +174,26 @@ def test_a_step_that_goes_past_lightning_has_the_rate_of_its_size(manual: bool) 
     assert optimizer.rates[-1] == 0.1
 
 
-def test_a_rate_that_is_set_in_the_training_step_is_the_schedules() -> None:
+@pytest.mark.parametrize("how", ["a number", "a tensor that is filled", "another tensor"])
+def test_a_rate_that_is_set_in_the_training_step_is_the_schedules(how: str) -> None:
     class Sets(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            lr = 0.1 * min(1.0, (self.global_step + 1) / 20)
             for group in self.trainer.optimizers[0].param_groups:
-                group["lr"] = 0.1 * min(1.0, (self.global_step + 1) / 20)
+                if how == "a tensor that is filled":
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr if how == "a number" else torch.tensor(lr)
             loss: torch.Tensor = super().training_step(batch, batch_idx)
             return loss
 
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            used.append(float(optimizer.param_groups[0]["lr"]))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1 if how == "a number" else torch.tensor(0.1))
+
+    used: list[float] = []
     model = Sets(dropout=0.0)
     callback = AdaptiveBatchSize(
         Milestones({4: 32}, unit="updates"), adjust_every=1, lr_scaling="linear", max_batch_size=32
@@ -189,8 +201,8 @@ def test_a_rate_that_is_set_in_the_training_step_is_the_schedules() -> None:
     made = fit(model, loader(samples=640), [callback], max_epochs=1)
     assert set(model.sizes) == {16, 32}
     scheduled = [0.1 * min(1.0, (step + 1) / 20) for step in range(len(model.sizes))]
-    assert model.used_lr == pytest.approx([lr * n / 16 for lr, n in zip(scheduled, model.sizes, strict=True)])
-    assert made.optimizers[0].param_groups[0]["lr"] == 0.1
+    assert used == pytest.approx([lr * n / 16 for lr, n in zip(scheduled, model.sizes, strict=True)])
+    assert float(made.optimizers[0].param_groups[0]["lr"]) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(("start", "then"), [(16, 512), (256, 8)])

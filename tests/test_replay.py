@@ -17,7 +17,16 @@ from torch import nn
 from adaptive_batch import BatchSizeController, History, MiniBatchTrainer, Update, replay
 from adaptive_batch.callbacks import AdaptiveBatchSize
 from adaptive_batch.measurement import Measurement
-from adaptive_batch.policies import CABS, BigBatch, DontDecay, GeometricGrowth, InnerProductTest, NormTest, Plateau
+from adaptive_batch.policies import (
+    CABS,
+    BigBatch,
+    DontDecay,
+    GeometricGrowth,
+    InnerProductTest,
+    LinearRamp,
+    NormTest,
+    Plateau,
+)
 
 
 def recorded(policy: Any, updates: int = 1500, **options: Any) -> tuple[History, Run]:
@@ -154,6 +163,14 @@ def test_a_lightning_run_can_be_replayed():
     changes = replay(callback.history, DontDecay(), max_batch_size=64)
     assert [change.batch_size for change in changes][-1] == 64
     assert math.isfinite(float(callback.history.measurements[0].loss))
+
+
+def test_a_run_that_accumulates_is_replayed_in_its_steps():
+    callback = AdaptiveBatchSize(LinearRamp(None, 100, 3000), lr_scaling="none", max_batch_size=100, verbose=False)
+    fit(Classifier(), loader(batch_size=8), [callback], max_epochs=20, accumulate_grad_batches=3)
+    changes = callback.history.changes
+    assert {change.batch_size % 3 for change in changes} == {0} and len(changes) > 3
+    assert replay(callback.history, LinearRamp(None, 100, 3000), max_batch_size=100, multiple_of=3) == changes
 
 
 def test_a_run_of_the_plain_trainer_can_be_replayed():

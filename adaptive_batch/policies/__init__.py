@@ -9,7 +9,7 @@ from __future__ import annotations
 from adaptive_batch.policies.big_batch import BigBatch
 from adaptive_batch.policies.cabs import CABS
 from adaptive_batch.policies.combinators import Clamp, Max, Min, OnlyGrow, Sequential
-from adaptive_batch.policies.combined import Combined, active_policy, bounded, is_measured
+from adaptive_batch.policies.combined import Combined, active_policy, bounded, constant_size, is_measured
 from adaptive_batch.policies.constant import Constant
 from adaptive_batch.policies.critical_batch_warmup import CriticalBatchWarmup
 from adaptive_batch.policies.decay import DontDecay, Seesaw
@@ -51,6 +51,7 @@ __all__ = [
     "Sequential",
     "active_policy",
     "bounded",
+    "constant_size",
     "is_measured",
     "resolve_policy",
 ]

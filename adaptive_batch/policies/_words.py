@@ -25,6 +25,17 @@ def seconds(value: float) -> str:
     return f"{value / 1e-6:.3g} us"
 
 
+def name(policy: object) -> str:
+    """What a policy or a rule is called."""
+    return str(getattr(policy, "name", type(policy).__name__))
+
+
+def reason(policy: object, measurement: Measurement, batch_size: int, proposal: float) -> str:
+    """Why ``batch_size``, in the policy's words if it has any."""
+    explain = getattr(policy, "reason", None)
+    return f"{name(policy)} proposes {count(proposal)}" if explain is None else str(explain(measurement, batch_size))
+
+
 def noise_scale(measurement: Measurement) -> str:
     """The noise scale with its interval where one is known: "noise scale 410 [350, 480]"."""
     if math.isnan(measurement.noise_scale):

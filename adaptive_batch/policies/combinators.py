@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from adaptive_batch.measurement import Measurement
-from adaptive_batch.policies import _state
+from adaptive_batch.policies import _state, _words
 from adaptive_batch.policies._arguments import check_mapping, number
 from adaptive_batch.policies._position import check_start, check_unit, position
-from adaptive_batch.policies.combined import Answer, Combined, is_measured
+from adaptive_batch.policies.combined import Answer, Combined, constant_size, is_measured
 from adaptive_batch.policies.constant import Constant
 from adaptive_batch.policies.resolve import Policy, resolve_policy
 
@@ -23,6 +23,7 @@ class Around(Combined):
 
     def __init__(self, policy: AnyPolicy) -> None:
         self.policy = self.chosen = resolve_policy(policy)
+        self._proposed = math.nan
 
     def __getattr__(self, name: str) -> Any:
         if name == "policy" or name.startswith("__"):  # not there yet, as while it is copied
@@ -32,7 +33,23 @@ class Around(Combined):
     def propose_with(self, measurement: Measurement, answer: Answer) -> float:
         """Returns what is left of the policy's proposal."""
         proposal = answer(self.policy, measurement)
+        self._proposed = proposal
         return self.bounded(proposal, measurement.batch_size) if math.isfinite(proposal) else proposal
+
+    def constant_size(self, reference_batch_size: int) -> float | None:
+        """Returns what is left of the policy's."""
+        size = constant_size(self.policy, reference_batch_size)
+        return None if size is None else self.bounded(size, reference_batch_size)
+
+    def reason(self, measurement: Measurement, batch_size: int) -> str:
+        """The reason of the policy, and what is left of its proposal where that is less or more."""
+        words = _words.reason(self.policy, measurement, batch_size, self._proposed)
+        left = self.bounded(self._proposed, measurement.batch_size)
+        if left == self._proposed:
+            return words
+        return (
+            f"{words}, {_words.count(self._proposed)} is wanted, but {type(self).__name__} leaves {_words.count(left)}"
+        )
 
 
 class Clamp(Around):
@@ -104,12 +121,23 @@ class Among(Combined):
         if rules:
             self.auto_lr_scaling: str = rules.pop() if len(rules) == 1 else "none"
         self.chosen = self.members[0]
+        self._proposed = math.nan
 
     def reason(self, measurement: Measurement, batch_size: int) -> str:
         """The reason of the policy whose proposal it was."""
-        explain = getattr(self.chosen, "reason", None)
-        name = getattr(self.chosen, "name", type(self.chosen).__name__)
-        return name if explain is None else f"{name}: {explain(measurement, batch_size)}"
+        words = _words.reason(self.chosen, measurement, batch_size, self._proposed)
+        name = _words.name(self.chosen)
+        return words if words.startswith(f"{name} ") else f"{name}: {words}"
+
+    def constant_size(self, reference_batch_size: int) -> float | None:
+        """Returns the one that all members propose."""
+        sizes = {constant_size(member, reference_batch_size) for member in self._all}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    @property
+    def _all(self) -> tuple[Policy, ...]:
+        """Whoever may be chosen."""
+        return self.members
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the members, None for those without."""
@@ -152,6 +180,7 @@ class _Extreme(Among):
         finite = [(self.sign * size, -i) for i, size in enumerate(proposals) if math.isfinite(size)]
         index = -max(finite)[1] if finite else 0
         self.chosen = self.members[index]
+        self._proposed = proposals[index]
         self._fixed = [proposals[-i] for _, i in finite if -i != index and not is_measured(self.members[-i])]
         return proposals[index]
 
@@ -224,7 +253,12 @@ class Sequential(Among):
     def propose_with(self, measurement: Measurement, answer: Answer) -> float:
         """Returns the proposal of the policy whose turn it is; the reference size before the first one's."""
         self.chosen = self._at(position(measurement, self.unit))
-        return answer(self.chosen, measurement)
+        self._proposed = answer(self.chosen, measurement)
+        return self._proposed
+
+    @property
+    def _all(self) -> tuple[Policy, ...]:
+        return (*self.members, self._before)
 
     def bounded(self, batch_size: float, present: int) -> float:
         """Returns ``batch_size``: it is the chosen policy's turn."""

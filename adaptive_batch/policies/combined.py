@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.policies.cabs import CABS
+from adaptive_batch.policies.constant import Constant
 from adaptive_batch.policies.goodput import Goodput
 from adaptive_batch.policies.gradient_diversity import GradientDiversity
 from adaptive_batch.policies.inner_product_test import InnerProductTest
@@ -15,7 +16,7 @@ from adaptive_batch.policies.noise_scale import NoiseScale
 from adaptive_batch.policies.norm_test import NormTest
 from adaptive_batch.policies.resolve import Policy
 
-__all__ = ["Combined", "active_policy", "bounded", "is_measured"]
+__all__ = ["Combined", "active_policy", "bounded", "constant_size", "is_measured"]
 
 _MEASURED = (CABS, Goodput, GradientDiversity, InnerProductTest, LossProportional, NoiseScale, NormTest)
 
@@ -41,6 +42,10 @@ class Combined(ABC):
         """Returns the proposal where ``answer`` asks the members."""
 
     @abstractmethod
+    def constant_size(self, reference_batch_size: int) -> float | None:
+        """Returns the size that is proposed whatever is measured; ``None`` where there is none."""
+
+    @abstractmethod
     def bounded(self, batch_size: float, present: int) -> float:
         """Returns what is left of ``batch_size`` at the ``present`` one, were it the chosen policy's proposal."""
 
@@ -55,6 +60,13 @@ def bounded(policy: Policy, batch_size: float, present: int) -> float:
     if not isinstance(policy, Combined):
         return batch_size
     return policy.bounded(bounded(policy.chosen, batch_size, present), present)
+
+
+def constant_size(policy: Policy, reference_batch_size: int) -> float | None:
+    """The size that a policy proposes whatever is measured; ``None`` where there is none."""
+    if isinstance(policy, Combined):
+        return policy.constant_size(reference_batch_size)
+    return policy.constant_size(reference_batch_size) if isinstance(policy, Constant) else None
 
 
 def is_measured(policy: Policy) -> bool:

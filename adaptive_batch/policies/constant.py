@@ -29,4 +29,8 @@ class Constant:
 
     def propose(self, measurement: Measurement) -> float:
         """Returns the constant size."""
-        return float(measurement.reference_batch_size if self.batch_size is None else self.batch_size)
+        return self.constant_size(measurement.reference_batch_size)
+
+    def constant_size(self, reference_batch_size: int) -> float:
+        """Returns it without a measurement."""
+        return float(reference_batch_size if self.batch_size is None else self.batch_size)
