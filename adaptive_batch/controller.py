@@ -56,9 +56,12 @@ time: the machine may have been slow just then, and a size that is not in use is
 TIMED_EVERY = 3
 """Updates between two that run in parts while nothing else tells what a sample costs."""
 
+MIN_PROSPECT = 0.1
+"""Goodput that another size must be able to promise at some noise scale for the noise to be worth its measurements."""
+
 IDLE_NOISE = 1 / 4
-"""Share of the measurements of the noise that are still made while no noise scale could change the size or the rate:
-they cost what nobody gains, but the times of other sizes may turn out otherwise, and a user may look at the noise."""
+"""Share of the measurements that are made all the same: the times of other sizes may turn out otherwise, and a user may
+look at the noise."""
 
 NOISE_MEMORY_UPDATES = 32
 NOISE_MEMORY_FRACTIONS = (1 / 16, 1 / 4)
@@ -267,9 +270,8 @@ class BatchSizeController:
 
     def measures_noise(self, update: int, schedule: Schedule = PARTS) -> bool:
         """Whether the noise of update ``update`` (from 0) should be measured; rarely while nothing could come of it."""
-        if "noise" not in self.needs:
-            return False
-        return measures_noise(update, schedule if self._noise_matters else schedule.thinned(IDLE_NOISE))
+        due = measures_noise(update, schedule if self._noise_matters else schedule.thinned(IDLE_NOISE))
+        return due and "noise" in self.needs
 
     def times_parts(self, update: int) -> bool:
         """Whether update ``update`` (from 0) should run in two unequal parts, whose times say what a sample costs."""
@@ -621,11 +623,7 @@ class BatchSizeController:
         """Nothing changes; but where a larger update costs too much, no noise scale could make it pay."""
         goodput = getattr(self._active, "goodput", None)
         size = self._bounded(self._grid_above(m.batch_size), m)
-        if (
-            goodput is not None
-            and size > m.batch_size
-            and not _may_pay(goodput, size, replace(m, noise_scale=math.inf))
-        ):
+        if goodput is not None and size > m.batch_size and not _may_promise(MIN_PROMISE, goodput, size, m, math.inf):
             return _Stay("cost", lambda: f"it would not pay at any noise scale{self._cost_in_words(m, size)}")
         return _Stay("noise", lambda: "the gradient noise scale is not identified yet")
 
@@ -639,8 +637,8 @@ class BatchSizeController:
         if goodput is None or not self.careful or follows:
             return True
         above, below = self._grid_above(m.batch_size), self._bounded(self._grid_below(m.batch_size), m)
-        return _may_pay(goodput, above, replace(m, noise_scale=math.inf)) or (
-            below < m.batch_size and _may_pay(goodput, below, replace(m, noise_scale=0.0))
+        return _may_promise(MIN_PROSPECT, goodput, above, m, math.inf) or (
+            below < m.batch_size and _may_promise(MIN_PROSPECT, goodput, below, m, 0.0)
         )
 
     @property
@@ -871,9 +869,12 @@ class BatchSizeController:
         self._estimate()
 
 
-def _may_pay(goodput: Callable[[float, Measurement], float], size: float, m: Measurement) -> bool:
-    """Whether a change to ``size`` promises enough, as far as its time is known."""
-    return not goodput(size, m) < (1 + MIN_PROMISE) * goodput(m.batch_size, m)
+def _may_promise(
+    promise: float, goodput: Callable[[float, Measurement], float], size: float, m: Measurement, noise_scale: float
+) -> bool:
+    """Whether ``size`` gives so much more goodput at a noise scale, as far as its time is known."""
+    m = replace(m, noise_scale=noise_scale)
+    return not goodput(size, m) < (1 + promise) * goodput(m.batch_size, m)
 
 
 def _least_noise_scale(grad_sq_norm: float, interval: tuple[float, float]) -> float | None:
