@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_dependent_layers", "is_compiled", "warn_of_splitting"]
+__all__ = ["batch_dependent_layers", "is_compiled", "least_batch", "warn_of_splitting"]
 
 
 def batch_dependent_layers(module: nn.Module) -> list[str]:
@@ -18,6 +18,11 @@ def batch_dependent_layers(module: nn.Module) -> list[str]:
     return [
         f"{name} ({type(layer).__name__})" for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)
     ]
+
+
+def least_batch(module: nn.Module) -> int:
+    """Fewest samples that a model can be trained on."""
+    return 2 if batch_dependent_layers(module) else 1
 
 
 def is_compiled(module: nn.Module) -> bool:

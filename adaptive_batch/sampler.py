@@ -67,6 +67,9 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         draws: a :class:`Draw` for each batch, oldest first, to be popped from the left for each delivered
             batch. The first draw of an epoch clears what an epoch before left behind.
         sample_limit: at most so many samples per epoch, as if the sampler ended there; ``None`` for all.
+        own_size: the size at which an epoch's end is left as it is, that of the beginning.
+        least_tail: an epoch that was resized does not end in a batch of fewer samples, which some layers cannot take:
+            they join the batch before.
         weights: one per rank, the same on all; from the next draw on ranks take samples in proportion to them, at
             least one each. ``None`` is alike.
 
@@ -91,6 +94,8 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         self.world_size = world_size
         self.weights: tuple[int, ...] | None = None
         self.batch_size = batch_size
+        self.own_size = self.batch_size
+        self.least_tail = 1
         self.draws: deque[Draw] = deque()
         self.sample_limit: int | None = None
         self._epoch: Epoch | None = None  # the one that draws and len() speak of
@@ -157,7 +162,22 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         full, tail = divmod(left, self.batch_size)
         if self.drop_last:
             return batches + (full or left // self._promised(left))
-        return batches + full + (tail > 0 and (tail >= self.world_size or full == 0))
+        return batches + full + (tail > 0 and (tail >= self._fewest() or full == 0))
+
+    def _fewest(self) -> int:
+        """Samples of the smallest batch at the end of an epoch, unless the epoch has no more."""
+        return max(self.world_size, self.least_tail) if self.least_tail > 1 and self._resized() else self.world_size
+
+    def _resized(self) -> bool:
+        runs = self._resume["sizes"] if self._resume is not None else [] if self._epoch is None else self._epoch.sizes
+        return self.batch_size != self.own_size or any(nominal != self.own_size for nominal, _ in runs)
+
+    def orphans(self, drawn: int) -> int:
+        """Samples that would be left for too small a batch after ``drawn`` ones of an epoch."""
+        if self.least_tail == 1 or self.drop_last:
+            return 0
+        left = (self._total() or 0) - drawn
+        return left if 0 < left < self._fewest() else 0
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the sampler which epoch comes next, if it wants to know."""
@@ -461,6 +481,7 @@ class _Indices:
         self._indices = iter(owner.sampler)
         self._ahead: deque[Any] = deque()
         self._empty = False
+        self._taken = 0
 
     @property
     def coming(self) -> list[list[int]]:
@@ -471,12 +492,16 @@ class _Indices:
         return self._empty and not self._ahead
 
     def take(self, batch_size: int, limit: int | None) -> tuple[list[Any], int]:
-        size, nominal = self._coming.pop(0) if self._coming else (batch_size, batch_size)
+        if self._coming:
+            size, nominal = self._coming.pop(0)
+        else:
+            size, nominal = batch_size + self._owner.orphans(self._taken + batch_size), batch_size
         batch = self._take(max(size, self._owner.world_size), limit)
         if not batch and self._before < nominal:
             nominal = self._before
             batch = self._take(nominal, limit)
         self._before = nominal
+        self._taken += len(batch)
         return batch, nominal
 
     def _take(self, size: int, limit: int | None) -> list[Any]:
@@ -497,7 +522,7 @@ class _Indices:
         return [self._ahead.popleft() for _ in range(min(size, available))]
 
     def skip(self, state: Mapping[str, Any], batch_size: int) -> None:
-        samples = state["consumed"]
+        self._taken = samples = state["consumed"]
         self._before = state["sizes"][-1][0] if state["sizes"] else self._before
         self._coming = copy.deepcopy(state["in_flight"])
         self._fill(samples + 1)  # one more, since generators draw their random numbers with the first index

@@ -23,7 +23,7 @@ from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
 from adaptive_batch.executor import BatchClosure, Executor, LossFn
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.iterable import Requests
-from adaptive_batch.layers import batch_dependent_layers, warn_of_splitting
+from adaptive_batch.layers import batch_dependent_layers, least_batch, warn_of_splitting
 from adaptive_batch.lr_scaling import GroupValues, has_lr, scaled_lr, scheduled_lr
 from adaptive_batch.measurement import Measurement, read_numbers
 from adaptive_batch.memory import parse_budget, usable_memory
@@ -192,7 +192,8 @@ class _Trainer:
             start = reference = size
         else:
             reference, start = self._start_controller(controller, size, samples)
-        sampler.batch_size = reference
+        sampler.batch_size = sampler.own_size = reference
+        sampler.least_tail = least_batch(self.model)
         plain = PlainEpoch(samples, _length(sampler), reference)
         if plain.batches == 0:
             raise ValueError(

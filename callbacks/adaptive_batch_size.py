@@ -27,6 +27,7 @@ from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
 from adaptive_batch.distributed import Agreement, SharedOrder, broadcast, gather
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.iterable import Requests, count_samples
+from adaptive_batch.layers import least_batch
 from adaptive_batch.lr_scaling import LRScaling, Scaled, gain, has_lr, resolve_lr_scaling, scheduled_lr, why_not_scaled
 from adaptive_batch.measurement import Measurement
 from adaptive_batch.memory import resident_bytes
@@ -331,6 +332,8 @@ class AdaptiveBatchSize(CallbackBase):
         adaptive = make_adaptive(loader, rank=rank, world_size=shares)
         sampler = adaptive.batch_sampler
         assert isinstance(sampler, AdaptiveBatchSampler)
+        least = least_batch(trainer.lightning_module)
+        sampler.least_tail = shares * least if least > 1 else 1
         self._order(loader, sampler)
         if sampler is not self._sampler:  # a loader that was made adaptive by the user comes again as it is
             self._open_books(sampler)

@@ -435,6 +435,18 @@ class TestBooks:
             caplog.text.count(f"no batch has more than the {most} samples of an epoch: max_batch_size is {most}.") == 1
         )
 
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_resize_leaves_no_last_batch_of_one_sample_to_layers_that_look_across_the_batch(
+        self, workers: int
+    ) -> None:
+        model = Classifier()
+        model.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+        callback = AdaptiveBatchSize(lambda m: 101, max_batch_size=101, micro_batch_size=None, adjust_every=1)
+        fit(model, loader(num_workers=workers), [callback], max_epochs=3)
+        assert [sorted(epoch) for epoch in model.epochs] == [list(range(SAMPLES))] * 3
+        assert model.sizes[-2:] == [101, 102]
+        assert model.last_batches[-2:] == [False, True]
+
     def test_accumulation_counts_whole_updates(self) -> None:
         model = Classifier()
         callback = AdaptiveBatchSize(lambda m: 96, max_batch_size=96, adjust_every=1, lr_scaling="linear")

@@ -211,6 +211,56 @@ def test_random_resizes_give_each_index_once_in_order_with_true_sizes_and_length
     assert not draws or missing < draws[-1].nominal
 
 
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_an_epoch_that_was_resized_ends_in_no_batch_that_is_too_small_for_a_layer(data):
+    world, least = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
+    own, length = data.draw(st.integers(3, 11)), data.draw(st.integers(12, 60))
+    sizes = data.draw(st.lists(st.integers(12, 20), min_size=1, max_size=8))
+    stop = data.draw(st.integers(0, 8))
+    ranks = [AdaptiveBatchSampler(range(length), own, rank=r, world_size=world) for r in range(world)]
+    passes: list = []
+    for sampler in ranks:
+        sampler.least_tail = world * least
+        sampler.batch_size = sizes[0]
+        passes.append(iter(sampler))
+    seen: list = []
+    drawn: list = []
+    while True:
+        for r, sampler in enumerate(ranks):
+            sampler.batch_size = sizes[min(len(drawn), len(sizes) - 1)]
+            if len(drawn) == stop:  # and go on from a state
+                state = sampler.state_dict()
+                ranks[r] = AdaptiveBatchSampler(range(length), own, rank=r, world_size=world)
+                ranks[r].least_tail = world * least
+                ranks[r].load_state_dict(state)
+                passes[r] = iter(ranks[r])
+        promised = len(ranks[0])
+        shares: list = [next(p, None) for p in passes]
+        if shares[0] is None:
+            assert promised == len(drawn)
+            break
+        draw, *_ = [sampler.draws.popleft() for sampler in ranks]
+        drawn.append(draw)
+        assert draw.last == (len(ranks[0]) == len(drawn)) == (draw.position == length)
+        batch: list = [None] * draw.size
+        for rank, share in enumerate(shares):
+            batch[rank::world] = share
+        seen += batch
+    assert seen == list(range(length))
+    assert min(draw.size for draw in drawn) >= world * least
+    assert all(draw.size == draw.nominal for draw in drawn[:-1])
+
+
+def test_at_its_own_size_an_epoch_ends_as_it_always_did():
+    sampler = AdaptiveBatchSampler(range(9), 4)
+    sampler.least_tail = 2
+    assert [len(batch) for batch in sampler] == [4, 4, 1]
+    sampler.batch_size = 8
+    assert len(sampler) == 1
+    assert [len(batch) for batch in sampler] == [9]
+
+
 def test_a_tail_of_fewer_samples_than_ranks_joins_the_batch_before():
     ranks = [AdaptiveBatchSampler(Unsized(18), 8, rank=r, world_size=3) for r in range(3)]
     shares = [list(sampler) for sampler in ranks]

@@ -1006,6 +1006,14 @@ def test_a_bound_below_the_start_is_refused_unless_shrinking_is_allowed() -> Non
     assert history.column("batch_size") == [16, 4, 3]
 
 
+def test_a_resize_leaves_no_last_batch_of_one_sample_to_layers_that_look_across_the_batch() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    x = torch.randn(61, 3, generator=torch.Generator().manual_seed(0))
+    control = controller(Milestones({1: 20}, unit="updates"), adjust_every=1, max_batch_size=20)
+    trainer = quiet(MiniBatchTrainer, model, batch_size=8, controller=control)
+    assert trainer.fit((x, x.sum(1, keepdim=True)), epochs=2).column("batch_size")[-3:] == [20, 20, 21]
+
+
 def test_a_trainer_times_parts_that_nothing_else_makes_slower_and_updates_that_run_whole() -> None:
     now = [0.0]
 
