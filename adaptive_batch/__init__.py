@@ -4,6 +4,7 @@ from adaptive_batch.controller import BatchSizeController, Decision
 from adaptive_batch.data import AdaptiveBatchSampler, make_adaptive
 from adaptive_batch.history import Change, History, Update
 from adaptive_batch.measurement import Measurement
+from adaptive_batch.memory import MemoryModel
 from adaptive_batch.micro_batching import register_splitter, split_batch
 from adaptive_batch.noise import GradientNoiseScale
 from adaptive_batch.replay import replay
@@ -19,6 +20,7 @@ __all__ = [
     "GradientNoiseScale",
     "History",
     "Measurement",
+    "MemoryModel",
     "MiniBatchTrainer",
     "SGDTrainer",
     "StepTimeModel",

@@ -158,11 +158,19 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         if total is None:
             raise TypeError(f"Batches of {type(self.sampler).__name__}, which has no len(), have no len() either.")
         batches, samples = self._settled()
+        if self._nothing_follows():
+            return batches
         left = max(0, total - samples)
         full, tail = divmod(left, self.batch_size)
         if self.drop_last:
             return batches + (full or left // self._promised(left))
         return batches + full + (tail > 0 and (tail >= self._fewest() or full == 0))
+
+    def _nothing_follows(self) -> bool:
+        """Whether the end was drawn: with ``drop_last`` what was left over then is gone, whatever the size is now."""
+        if self._resume is not None:
+            return bool(self._resume["ended"])
+        return self._epoch is not None and self._epoch.ended
 
     def _fewest(self) -> int:
         """Samples of the smallest batch at the end of an epoch, unless the epoch has no more."""
@@ -216,7 +224,7 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
             state["sizes"] = _without_last(self._epoch.sizes, len(pending))
             coming = copy.deepcopy(self._epoch.coming)
             state["in_flight"] = [[draw.size, draw.nominal] for draw in pending] + coming
-            state["ended"] = self._epoch.ends_with_coming
+            state["ended"] = self._epoch.ended or self._epoch.ends_with_coming
             state["order"] = self._epoch.order
         return state
 
@@ -284,6 +292,8 @@ class AdaptiveBatchSampler(Sampler[list[Any]]):
         return batch[start : start + sizes[self.rank]]
 
     def _is_last(self, epoch: Epoch) -> bool:
+        if epoch.ended:
+            return not epoch.coming
         total = self._total()
         if total is not None:
             left = total - epoch.position
@@ -412,8 +422,9 @@ class Epoch(Iterator[list[Any]]):
         self.order: dict[str, Any] | None = None  # what the order follows from
         self.resumed: dict[str, Any] | None = None  # the state that it continues
         self.source: BatchSource | None = None
+        self.ended = False  # nothing follows what is settled
         self._owner = owner
-        self._ended = False
+        self._stopped = False
 
     @property
     def coming(self) -> list[list[int]]:
@@ -430,12 +441,13 @@ class Epoch(Iterator[list[Any]]):
         source = self.source or self._start()
         batch: list[Any] = []
         nominal = owner.batch_size
-        if not self._ended:
+        if self.coming or not self.ended:
             batch, nominal = source.take(owner.batch_size, owner.left(self))
         if not batch:
-            if not self._ended:
+            self.ended = True
+            if not self._stopped:
                 owner.note_drawn(self)
-            self._ended = True
+            self._stopped = True
             raise StopIteration
         if len(batch) < owner.world_size:
             raise ValueError(
@@ -457,6 +469,7 @@ class Epoch(Iterator[list[Any]]):
         self.position = state["consumed"]
         self.sizes = copy.deepcopy(state["sizes"])
         self.batches = count_batches(self.sizes)
+        self.ended = state["ended"]
         with order_restored(owner._source(), state["order"]):
             self.source = owner.open()
             self.source.skip(state, owner.batch_size)

@@ -468,6 +468,17 @@ def set_callback_metrics(trainer: Trainer, metrics: Mapping[str, Tensor]) -> Non
     trainer._logger_connector._callback_metrics.update({name: value.to(device) for name, value in metrics.items()})
 
 
+def metrics_to_empty(trainer: Trainer) -> list[Any]:
+    """The torchmetrics objects of the validation at hand, which Lightning empties when it is over.
+
+    Private: ``val_loop._results``, its metrics' ``is_tensor`` and ``value`` (2.0 to 2.6).
+    """
+    if not trainer.validating:
+        return []
+    results: Any = trainer.fit_loop.epoch_loop.val_loop._results
+    return [metric.value for metric in results.values() if not metric.is_tensor]
+
+
 class EpochResults:
     """What ``self.log(on_epoch=True)`` has accumulated in an epoch, taken over from a checkpoint.
 

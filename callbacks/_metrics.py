@@ -46,12 +46,9 @@ class Metrics:
         """Release the remembered states."""
         self._saved = []
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """What each has accumulated: its states and how many updates they are of."""
-        return [
-            {"updates": m._update_count, "states": {name: _copied(getattr(m, name)) for name in m._defaults}}
-            for m in self._metrics
-        ]
+    def state_dict(self, empty: Sequence[Metric] = ()) -> list[dict[str, Any]]:
+        """What each has accumulated, its states and how many updates they are of; nothing in those of ``empty``."""
+        return [_nothing(m) if any(m is other for other in empty) else _accumulated(m) for m in self._metrics]
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Put back what :meth:`state_dict` gave; metrics that are not the same ones start from nothing."""
@@ -157,6 +154,15 @@ class _Shadowed:
 
 def _states_combine(metric: Metric) -> bool:
     return metric.full_state_update is False and not metric.dist_sync_on_step
+
+
+def _accumulated(metric: Metric) -> dict[str, Any]:
+    states = {name: _copied(getattr(metric, name)) for name in metric._defaults}
+    return {"updates": metric._update_count, "states": states}
+
+
+def _nothing(metric: Metric) -> dict[str, Any]:
+    return {"updates": 0, "states": {name: _copied(default) for name, default in metric._defaults.items()}}
 
 
 _PLAIN = ("_update_count", "_computed", "_forward_cache")

@@ -44,7 +44,7 @@ class RunState:
         return {
             "random": random_state(self._module),
             "callback_metrics": _lightning.get_callback_metrics(self._trainer),
-            "metrics": self._metrics.state_dict(),
+            "metrics": self._metrics.state_dict(_lightning.metrics_to_empty(self._trainer)),
             "results": self.results.state_dict(),
         }
 

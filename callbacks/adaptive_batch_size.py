@@ -195,6 +195,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._trainer: Trainer | None = None
         self._agreement: Agreement | None = None
         self._loaders: list[DataLoader[Any]] = []
+        self._adapted: tuple[DataLoader[Any], DataLoader[Any]] | None = None  # the newest of them, and what it became
         self._sampler: AdaptiveBatchSampler | None = None
         self._books: EpochBooks | None = None
         self._clock: SampleClock | GainClock | None = None
@@ -208,6 +209,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._host_mark: float | None = None
         self._noted: str | None = None
         self._last_memory = math.nan
+        self._has_run_state = False  # once the fit has started
         self._began = False  # between on_train_start and the end
         self._taken_up = False  # the loader's side of a checkpoint
         self._draw_at_hand: Draw | None = None  # of the batch that the loop is in
@@ -277,7 +279,7 @@ class AdaptiveBatchSize(CallbackBase):
                 "AdaptiveBatchSize needs an optimizer, but configure_optimizers returned None; return one."
             )
         self._controller.lr_scaling = resolve_lr_scaling(self._lr_scaling, trainer.optimizers[0], self._policy)
-        self._run_state = RunState(trainer, pl_module)
+        self._run_state, self._has_run_state = RunState(trainer, pl_module), True
         self._executor = self._splitting.executor(
             trainer,
             pl_module,
@@ -328,13 +330,11 @@ class AdaptiveBatchSize(CallbackBase):
                 "size in common; let one DataLoader draw from all data sets (torch.utils.data.StackDataset pairs them, "
                 "ConcatDataset chains them)."
             )
-        rank, shares = _lightning.data_share(trainer)
-        adaptive = make_adaptive(loader, rank=rank, world_size=shares)
+        if self._adapted is None or self._adapted[0] is not loader:  # one that is reloaded keeps its workers
+            self._adapted = loader, self._made_adaptive(loader)
+        adaptive = self._adapted[1]
         sampler = adaptive.batch_sampler
         assert isinstance(sampler, AdaptiveBatchSampler)
-        least = least_batch(trainer.lightning_module)
-        sampler.least_tail = shares * least if least > 1 else 1
-        self._order(loader, sampler)
         if sampler is not self._sampler:  # a loader that was made adaptive by the user comes again as it is
             self._open_books(sampler)
         assert self._books is not None
@@ -346,6 +346,17 @@ class AdaptiveBatchSize(CallbackBase):
             sampler.batch_size = max(1, self.batch_size // trainer.accumulate_grad_batches)
         if self._books.resized and not self._books.has_length:
             self._limits.look_for_the_end()
+        return adaptive
+
+    def _made_adaptive(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        assert self._trainer is not None
+        rank, shares = _lightning.data_share(self._trainer)
+        adaptive = make_adaptive(loader, rank=rank, world_size=shares)
+        sampler = adaptive.batch_sampler
+        assert isinstance(sampler, AdaptiveBatchSampler)
+        least = least_batch(self._trainer.lightning_module)
+        sampler.least_tail = shares * least if least > 1 else 1
+        self._order(loader, sampler)
         return adaptive
 
     def _order(self, loader: DataLoader[Any], sampler: AdaptiveBatchSampler) -> None:
@@ -784,7 +795,7 @@ class AdaptiveBatchSize(CallbackBase):
         self._window.clear()
         decision = self._controller.observe(measurement)
         if decision is not None:
-            self._apply(trainer, decision)
+            self._apply(trainer, decision, last=last)
         self._balance(trainer)
         self._note(trainer)
         self._record(trainer, samples, nominal, seconds)
@@ -809,7 +820,7 @@ class AdaptiveBatchSize(CallbackBase):
             return rows
         return [max(1, round(n * self._window_samples / self._window_rows)) for n in rows]
 
-    def _apply(self, trainer: Trainer, decision: Decision) -> None:
+    def _apply(self, trainer: Trainer, decision: Decision, *, last: bool) -> None:
         assert self._sampler is not None and self._books is not None
         if self._dry_run:
             self._controller.batch_size = decision.previous
@@ -817,7 +828,8 @@ class AdaptiveBatchSize(CallbackBase):
                 return  # said before
         else:
             self._sampler.batch_size = decision.batch_size // self._plain.accumulate
-            self._books.sync()
+            if not last:  # an epoch that is over is as long as it was
+                self._books.sync()
         self.history.changes.append(self._change(trainer, decision.batch_size, decision.previous, decision.reason))
         self._say(trainer, ("batch size would change, " if self._dry_run else "batch size ") + decision.reason)
 
@@ -914,7 +926,7 @@ class AdaptiveBatchSize(CallbackBase):
             "history": self.history.state_dict(),
             "noted": self._noted,
         }
-        if self._trainer is not None and self._sampler is not None:
+        if self._trainer is not None and self._sampler is not None and self._has_run_state:
             state |= self._loop_state(self._trainer)
         return state
 

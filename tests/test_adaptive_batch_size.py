@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_problems import SAMPLES, Classifier, fit, loader, trainer
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.tuner.tuning import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -622,6 +623,26 @@ class TestAfterwards:
         assert called == ["on_before_backward", "on_after_backward"] * updates
         for name in ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"):
             assert callable(getattr(callback, name))
+
+    @pytest.mark.parametrize("scheduler", ["onecycle", "cosine"])
+    def test_tuners_work_with_a_schedule_over_the_steps_of_the_run(self, scheduler: str, tmp_path: Path) -> None:
+        class Tuned(Classifier):
+            lr = batch_size = 4
+
+            def train_dataloader(self) -> Any:
+                return loader(batch_size=self.batch_size)
+
+            def val_dataloader(self) -> Any:
+                return loader(batch_size=32, shuffle=False)
+
+        model, callback = Tuned(scheduler), AdaptiveBatchSize(Constant(64), max_batch_size=64, adjust_every=1)
+        made = trainer([callback], max_epochs=2, default_root_dir=tmp_path)
+        Tuner(made).scale_batch_size(model, max_trials=2)
+        Tuner(made).lr_find(model, num_training=10, max_lr=0.5)
+        model.epochs.clear()
+        made.fit(model)
+        assert callback.batch_size == 64
+        assert [sorted(epoch) for epoch in model.epochs[-2:]] == [list(range(SAMPLES))] * 2
 
     def test_a_second_fit_goes_on_where_the_first_ended(self) -> None:
         callback = AdaptiveBatchSize(lambda m: 64, max_batch_size=64, adjust_every=1)

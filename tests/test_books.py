@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -499,6 +500,27 @@ class TestSampleClock:
         for one in (clock, restored):
             assert len(one.advance(plain, 9 * B0, 1.0, last=False)) == 2
             assert one.advance(plain, SAMPLES, 1.0, last=True) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_with_drop_last_a_size_that_shrinks_at_the_end_of_an_epoch_loses_no_validation(workers: int) -> None:
+    sizes = [8, 16, 5, 32, 9, 4, 20, 33]
+    model = Scheduled("CosineAnnealingLR")
+    callback = AdaptiveBatchSize(
+        lambda m: sizes[m.update // 2 % 8], min_batch_size=4, max_batch_size=48, adjust_every=2, lr_scaling="linear"
+    )
+    totals: list[tuple[int, int]] = []
+
+    class Bar(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            totals.append((int(trainer.num_training_batches), len(model.sizes)))
+
+    made = fit(model, loader(drop_last=True, num_workers=workers), [callback, Bar()], val=val(), max_epochs=3)
+    assert len(model.validated_at) == 3
+    assert sum(model.last_batches) == 3
+    assert made.lr_scheduler_configs[0].scheduler.last_epoch == 3 * (SAMPLES // B0)
+    done = [0, *(batches for _, batches in totals)]
+    assert [total for total, _ in totals] == [after - before for before, after in itertools.pairwise(done)]
 
 
 class TestOtherClocks:

@@ -252,6 +252,23 @@ def test_an_epoch_that_was_resized_ends_in_no_batch_that_is_too_small_for_a_laye
     assert all(draw.size == draw.nominal for draw in drawn[:-1])
 
 
+def test_what_drop_last_has_left_over_does_not_come_back_with_a_smaller_size():
+    sampler = AdaptiveBatchSampler(range(18), 8, drop_last=True)
+    sampler.count_popped()
+    passing = iter(sampler)
+    assert [len(next(passing)) for _ in range(2)] == [8, 8]
+    assert next(passing, None) is None  # as workers ask ahead
+    sampler.batch_size = 2
+    assert len(sampler) == 2 and sampler.draws[-1].last
+    assert next(passing, None) is None
+    sampler.draws.popleft()
+    resumed = AdaptiveBatchSampler(range(18), 8, drop_last=True)
+    resumed.load_state_dict(sampler.state_dict())
+    assert len(resumed) == 2
+    assert list(resumed) == [list(range(8, 16))]
+    assert resumed.draws[-1].last
+
+
 def test_at_its_own_size_an_epoch_ends_as_it_always_did():
     sampler = AdaptiveBatchSampler(range(9), 4)
     sampler.least_tail = 2

@@ -313,6 +313,19 @@ class TestLoaderOptions:
     def test_pin_memory_is_kept(self) -> None:
         assert make_adaptive(loader(pin_memory=True)).pin_memory
 
+    def test_a_loader_that_is_reloaded_keeps_its_persistent_workers_and_their_order(self) -> None:
+        def made(callbacks: list[Any]) -> Classifier:
+            pl.seed_everything(3, verbose=False)
+            model = Classifier()
+            data = loader(num_workers=2, persistent_workers=True)
+            fit(model, data, callbacks, max_epochs=3, reload_dataloaders_every_n_epochs=1)
+            return model
+
+        plain, adapted = made([]), made([AdaptiveBatchSize("constant")])
+        assert len(plain.pids) == len(adapted.pids) == 2
+        assert plain.epochs == adapted.epochs
+        assert plain.loss_trace == adapted.loss_trace
+
     @pytest.mark.parametrize("persistent", [False, True])
     def test_persistent_workers(self, persistent: bool) -> None:
         model = run(loader(num_workers=2, persistent_workers=persistent))

@@ -111,3 +111,12 @@ def test_the_wheel_holds_the_callbacks_only_inside_the_package(tmp_path: Path, s
     [wheel] = (checkout / "dist").glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == {*sources(), "adaptive_batch/py.typed"}
+
+
+def test_the_public_names_are_where_they_are_documented() -> None:
+    names = (
+        "FixedBatchTrainer SGDTrainer MiniBatchTrainer AdaptiveBatchSampler make_adaptive BatchSizeController Measurement "
+        "GradientNoiseScale StepTimeModel MemoryModel split_batch register_splitter History replay"
+    )
+    for name in names.split():
+        assert name in adaptive_batch.__all__ and hasattr(adaptive_batch, name)

@@ -17,7 +17,7 @@ from lightning_problems import Classifier, Recorded, fit, loader, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from adaptive_batch.callbacks import AdaptiveBatchSize
@@ -433,3 +433,49 @@ def test_a_dry_run_that_goes_on_from_a_resized_one_is_at_the_loaders_own_size(tm
     fit(model, loader(), [dry], max_epochs=2, ckpt_path=tmp_path / "resized.ckpt")
     assert model.sizes == [16] * 12 + [203 - 12 * 16]
     assert set(dry.history.column("lr_scale")[-13:]) == {1.0}
+
+
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.25}])
+def test_the_metrics_of_a_validation_that_a_checkpoint_follows_start_from_nothing(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    class Validated(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.mean = nn.Linear(8, 2), MeanMetric()
+            self.found: list[tuple[int, float, int]] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.mean(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+            self.log("mean", self.mean)
+
+        def on_validation_end(self) -> None:
+            count = int(self.mean._update_count)
+            self.found.append((self.global_step, float(self.trainer.callback_metrics["mean"]), count))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def run(checkpoint: Any = None) -> list[tuple[int, float, int]]:
+        pl.seed_everything(0, verbose=False)
+        model = Validated()
+        x = torch.randn(SAMPLES, 8)
+        data = TensorDataset(x, (x[:, 0] > 0).long())
+        saves = ModelCheckpoint(
+            tmp_path, save_top_k=-1, monitor="mean", filename="{step}", save_on_train_epoch_end=False
+        )
+        made = pl.Trainer(
+            max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[AdaptiveBatchSize("constant"), saves], num_sanity_val_steps=0, **options,
+        )  # fmt: skip
+        training = DataLoader(data, 8, shuffle=True)
+        made.fit(model, training, DataLoader(data, 32), ckpt_path=checkpoint, weights_only=False)
+        return model.found
+
+    found = run()
+    assert {count for _, _, count in found} == {4}
+    for step, _, _ in found[:-1]:
+        assert run(tmp_path / f"step={step}.ckpt") == [entry for entry in found if entry[0] > step]
