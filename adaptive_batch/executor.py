@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from adaptive_batch.layers import batch_dependent_layers
 from adaptive_batch.memory import allocated_bytes
 from adaptive_batch.micro_batch_limit import MicroBatchLimit
-from adaptive_batch.micro_batching import UNEQUAL, split_batch, unequal_sizes
+from adaptive_batch.micro_batching import UNEQUAL, split_pair, unequal_sizes
 from adaptive_batch.noise.part_norms import PartNorms, grad_sq_norm
 from adaptive_batch.noise.schedule import PURPOSEFUL_PARTS
 from adaptive_batch.pass_memory import PassMemory
@@ -68,10 +69,11 @@ class Executor:
         self.measurable = not batch_dependent_layers(model)
         self.limit = limit
         self.memory = PassMemory(model, limit, self.device, measures=recovers)
-        self.rollback = Rollback(model)
+        self.rollback = Rollback(nn.ModuleList(part for part in (model, loss_fn) if isinstance(part, nn.Module)))
         self.failures = self.memory.failures
         self._explores = explores and not limit.model.measured
-        self._warm = False
+        self._warm = self.device.type == "cpu"  # where the bytes saved for backward are counted
+        self._warned = False
         self._few_first = False
 
     def closure(
@@ -103,6 +105,17 @@ class Executor:
         halves = partial(self.limit.sizes, parts=PURPOSEFUL_PARTS)
         return of_batch(split=halves if measure else None, measure=measure)
 
+    def splits_into(self, batch: tuple[Any, Any], sizes: list[int], samples: int) -> bool:
+        """Whether a batch that nobody asked to split has such parts; if not, nothing is measured of its update."""
+        try:
+            split_pair(batch, sizes, samples)
+        except ValueError as problem:
+            if not self._warned:
+                warnings.warn(f"the gradient noise of an update is not measured: {problem}", stacklevel=2)
+                self._warned = True
+            return False
+        return True
+
     def held(self) -> int:
         """Bytes that are held while no pass runs and no gradients are there."""
         return 0 if self.limit.budget is None else allocated_bytes(self.device)
@@ -129,7 +142,7 @@ class Executor:
         def run(size: int) -> None:
             self.rollback.restore(gradients=True)  # of none: every pass makes its own
             sizes = [size, samples - size] if size < samples else [size]
-            self.gradients(split_batch(batch, sizes, samples)[0], 1.0)
+            self.gradients(split_pair(batch, sizes, samples)[0], 1.0)
 
         def held() -> int:
             self.rollback.restore(gradients=True)
@@ -219,8 +232,11 @@ class BatchClosure:
         sizes = self._executor.limit.sizes(self.samples)
         if self._split is None or len(sizes) > 1:
             return sizes
+        parts = self._split(self.samples)
+        if not self._executor.splits_into(self._batch, parts, self.samples):
+            return sizes
         self.disturbed = True
-        return self._split(self.samples)
+        return parts
 
     def _attempt(self, sizes: list[int], measured: bool) -> Tensor:
         executor = self._executor
@@ -244,7 +260,7 @@ class BatchClosure:
     def _passes(self, sizes: list[int], norms: PartNorms | None, seconds: list[Elapsed]) -> Tensor:
         executor = self._executor
         whole = len(sizes) == 1
-        parts = [self._batch] if whole else split_batch(self._batch, sizes, self.samples)
+        parts = [self._batch] if whole else split_pair(self._batch, sizes, self.samples)
         losses: list[Tensor] = []
         for part, size in zip(parts, sizes, strict=True):
             started = mark(executor.device)

@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import functools
 import numbers
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, Sized
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -109,6 +109,20 @@ def split_batch(batch: Any, sizes: Sequence[int], n: int) -> list[Any]:
     if parts is None:
         raise ValueError(f"split_batch found nothing with {n} samples in a batch of type {type(batch).__name__}.")
     return parts
+
+
+def split_pair(pair: tuple[Any, Any], sizes: Sequence[int], n: int) -> list[tuple[Any, Any]]:
+    """:func:`split_batch` for a batch that is known to be a pair, not two samples.
+
+    Raises:
+        ValueError: as there.
+    """
+    return [(x, y) for x, y in split_batch(_Pair(*pair), sizes, n)]
+
+
+class _Pair(NamedTuple):
+    x: Any
+    y: Any
 
 
 class _Plan(NamedTuple):
@@ -276,11 +290,28 @@ def _rebuilt(value: Any, parts: Iterable[Iterable[Any]], path: str) -> list[Any]
 def _looks_per_sample(value: Sequence[Any], path: str) -> bool:
     """Whether all entries are alike, as samples are and as input and target are not.
 
-    Tensors at the top are the columns of PyTorch's collate function, alike or not.
+    Tensors at the top are the columns of PyTorch's collate function, alike or not. Further inside samples may lack what
+    others have: an entry of ``None``, an empty one, keys.
     """
-    if path == "batch" and all(isinstance(entry, (Tensor, np.ndarray)) for entry in value):
+    if path != "batch":
+        fullest = max((entry for entry in value if isinstance(entry, Sized)), key=len, default=None)
+        return all(_alike(fullest, entry) for entry in value)
+    if all(isinstance(entry, (Tensor, np.ndarray)) for entry in value):
         return False
     return len({_form(entry) for entry in value}) == 1
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if one is None or other is None:
+        return True
+    if isinstance(one, (Tensor, np.ndarray)) and isinstance(other, (Tensor, np.ndarray)):
+        return (one.ndim, str(one.dtype)) == (other.ndim, str(other.dtype))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return all(_alike(one[key], other[key]) for key in one.keys() & other.keys())
+    texts = isinstance(one, (str, bytes)) or isinstance(other, (str, bytes))
+    if isinstance(one, Sequence) and isinstance(other, Sequence) and not texts:
+        return all(map(_alike, one, other))
+    return type(one) is type(other)
 
 
 def _form(value: Any) -> Any:

@@ -61,6 +61,8 @@ class _Trainer:
         check_seed(seed)
         self.model = model
         self.loss_fn = loss_fn
+        # A loss may have parameters and buffers of its own.
+        self._modules = nn.ModuleList(part for part in (model, loss_fn) if isinstance(part, nn.Module))
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.history = History(history_size)
@@ -133,6 +135,7 @@ class _Trainer:
             raise ValueError(f"epochs={epochs!r} must be a whole number from 0 on.")
         loader = make_adaptive(self._loader(data))
         sampler = cast(AdaptiveBatchSampler, loader.batch_sampler)
+        sampler.count_popped()  # a batch that an error interrupts is not consumed
         samples = _samples(sampler)
         if samples == 0:
             raise ValueError("the data has no samples; pass at least one.")
@@ -275,13 +278,13 @@ class _Trainer:
             self._position = draw.position
             self._end_update(closure, draw, factor, Elapsed(started, last_mark), sampler)
             self._remark(executor.failures, sampler)
-            self._step_scheduler(self._clock.advance(plain, self._position, 1.0, last=False))
+            self._step_scheduler(self._steps_due(plain, last=False))
             bar.update(draw.size)
             if after_update is not None:
                 after_update(self)
                 last_mark = mark(executor.device)
         # Only now is it certain that the epoch has ended: a resize can add a batch to it, or drop one.
-        self._step_scheduler(self._clock.advance(plain, self._position, 1.0, last=True))
+        self._step_scheduler(self._steps_due(plain, last=True))
         sampler.end_epoch()
 
     def _batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
@@ -290,11 +293,17 @@ class _Trainer:
         if restored is None:
             return iter(loader)
         if self._position == 0:  # the state was saved before the epoch's loader drew its seed, so it draws it
-            set_random_state(self.model, restored["random"])
+            set_random_state(self._modules, restored["random"])
             return iter(loader)
         batches = iter(loader)
-        set_random_state(self.model, restored["random"])
+        set_random_state(self._modules, restored["random"])
         return batches
+
+    def _steps_due(self, plain: PlainEpoch, *, last: bool) -> Sequence[int]:
+        """Of the scheduler: one an update, where sizes change as many as there would be otherwise."""
+        if self._controller is None:
+            return () if last else (self._updates,)
+        return self._clock.advance(plain, self._position, 1.0, last=last)
 
     def _step_scheduler(self, due: Sequence[int]) -> None:
         for _ in due if self.scheduler is not None else ():
@@ -416,11 +425,12 @@ class _Trainer:
             "samples": self._samples,
             "position": self._position,
             "model": self.model.state_dict(),
+            "loss": self.loss_fn.state_dict() if isinstance(self.loss_fn, nn.Module) else {},
             "optimizer": self.optimizer.state_dict(),
             "clock": self._clock.state_dict(),
             "micro_batches": self._limit.state_dict(),
             "history": self.history.state_dict(),
-            "random": random_state(self.model),
+            "random": random_state(self._modules),
             **{name: None if part is None else part.state_dict() for name, part in parts.items()},
         }
         if self._restored is not None:  # not taken up yet
@@ -452,6 +462,8 @@ class _Trainer:
         if self._controller is not None:
             self._controller.load_state_dict(state["controller"])
         self.model.load_state_dict(state["model"])
+        if isinstance(self.loss_fn, nn.Module):
+            self.loss_fn.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which would train the state's own tensors
         if self.scheduler is not None:
             self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))

@@ -336,6 +336,15 @@ class TestAmbiguity:
         assert [len(column) for column in first["inputs"]] == [1, 1]
 
     @pytest.mark.parametrize(
+        "entry", [[["cat", "dog"], []], [torch.ones(2, 1), None], [{"a": torch.ones(2)}, {"a": torch.ones(2), "b": 1}]]
+    )
+    def test_samples_that_lack_what_others_have_are_no_columns(self, entry):
+        with pytest.raises(ValueError, match=r"^batch\['x'\] has 2 entries that are alike"):
+            split_batch({"x": entry, "y": torch.zeros(2)}, [1, 1], 2)
+        three = split_batch({"x": [*entry, entry[0]], "y": torch.zeros(3)}, [2, 1], 3)
+        assert three[0]["x"][1] is entry[1] and three[1]["x"][0] is entry[0]
+
+    @pytest.mark.parametrize(
         "batch",
         [
             ([torch.zeros(3, 8, 8)] * 3, [{"boxes": torch.zeros(7, 4)}] * 3),  # RGB images, three of them

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import adaptive_batch
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -115,8 +117,8 @@ def test_the_wheel_holds_the_callbacks_only_inside_the_package(tmp_path: Path, s
 
 def test_the_public_names_are_where_they_are_documented() -> None:
     names = (
-        "FixedBatchTrainer SGDTrainer MiniBatchTrainer AdaptiveBatchSampler make_adaptive BatchSizeController Measurement "
-        "GradientNoiseScale StepTimeModel MemoryModel split_batch register_splitter History replay"
+        "FixedBatchTrainer SGDTrainer MiniBatchTrainer AdaptiveBatchSampler make_adaptive BatchSizeController "
+        "Measurement GradientNoiseScale StepTimeModel MemoryModel split_batch register_splitter History replay"
     )
     for name in names.split():
         assert name in adaptive_batch.__all__ and hasattr(adaptive_batch, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from trainer_run import EPOCHS, SAMPLES, Line, build, line, loader, train
 
-from adaptive_batch import FixedBatchTrainer, MiniBatchTrainer, SGDTrainer
+from adaptive_batch import BatchSizeController, FixedBatchTrainer, MiniBatchTrainer, SGDTrainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,6 +140,100 @@ def test_a_state_saved_after_an_error_is_that_of_the_last_whole_update() -> None
     assert rest[0][0] == 6
     remaining = [[entry[5] for entry in run if entry[1] == 0] for run in (rest, lines[5:])]
     assert remaining[0] == remaining[1]
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+def test_an_error_in_any_update_of_a_fit_loses_no_sample(stop_at: int) -> None:
+    x = torch.arange(64.0)[:, None]
+    seen: list[float] = []
+    state = None
+    for fit in range(3):
+        stops = stop_at if fit < 2 else math.inf
+
+        def loss(prediction: Tensor, y: Tensor) -> Tensor:
+            nonlocal stops
+            stops -= 1
+            if not stops:
+                raise KeyboardInterrupt
+            seen.extend(y[:, 0].tolist())
+            return nn.functional.mse_loss(prediction, y)
+
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        trainer = FixedBatchTrainer(model, loss, optimizer, batch_size=8, seed=0, progress=False)
+        if state is not None:
+            trainer.load_state_dict(loaded(state))
+        with pytest.raises(KeyboardInterrupt) if fit < 2 else nullcontext():
+            trainer.fit((x, x))
+        state = saved(trainer)
+    assert sorted(seen) == x[:, 0].tolist()
+
+
+def test_a_loss_with_parameters_of_its_own_is_resumed_and_put_back_after_out_of_memory() -> None:
+    class Scaled(nn.Module):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_variance = nn.Parameter(torch.zeros(()))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, prediction: Tensor, y: Tensor) -> Tensor:
+            self.calls += 1
+            return ((prediction - y) ** 2 * torch.exp(-self.log_variance) + self.log_variance).mean()
+
+    class Fails(nn.Linear):
+        fails_in = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.fails_in -= 1
+            if self.fails_in == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().forward(x)
+
+    def trainer(fails_in: int = 0, micro: int = 8) -> Any:
+        torch.manual_seed(0)
+        model, loss = Fails(3, 1), Scaled()
+        model.fails_in = fails_in
+        optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1, momentum=0.9)
+        return MiniBatchTrainer(model, loss, optimizer, batch_size=16, micro_batch_size=micro, seed=0, progress=False)
+
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
+    y = x.sum(1, keepdim=True)
+    whole, failed = trainer(micro=4), trainer(fails_in=2)  # in the second part of the first update
+    losses = [made.fit((x, y), epochs=3).column("loss") for made in (whole, failed)]
+    assert losses[0] == losses[1]
+    assert whole.loss_fn.calls == failed.loss_fn.calls
+    assert torch.equal(whole.loss_fn.log_variance, failed.loss_fn.log_variance)
+    before = trainer(micro=4)
+    before.fit((x, y))
+    after = trainer(micro=4)
+    after.load_state_dict(loaded(saved(before)))
+    assert after.fit((x, y), epochs=2).column("loss") == losses[0]
+
+
+def test_a_memory_budget_is_resumed_with_the_same_passes() -> None:
+    x = torch.randn(1200, 20, generator=torch.Generator().manual_seed(0))
+
+    def trainer() -> Any:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 1))
+        control = BatchSizeController(
+            lambda m: 8 if m.update < 10 else 256, lr_scaling="none", max_batch_size=256, adjust_every=5
+        )
+        return MiniBatchTrainer(
+            model, nn.MSELoss(), torch.optim.SGD(model.parameters(), 0.05), batch_size=8, controller=control,
+            micro_batch_size="auto", memory_budget="1GB", seed=3, progress=False,
+        )  # fmt: skip
+
+    states: list[bytes] = []
+    whole = trainer()
+    whole.fit((x, x[:, :1]), after_update=lambda made: states.append(saved(made)))
+    for state in states[8:-1]:
+        made = trainer()
+        made.load_state_dict(loaded(state))
+        assert made.fit((x, x[:, :1])).column("micro_batch_size") == whole.history.column("micro_batch_size")
+        assert made.history.column("loss") == whole.history.column("loss")
 
 
 def test_with_another_number_of_workers_each_sample_is_still_seen_once() -> None:

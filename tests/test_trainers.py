@@ -14,7 +14,7 @@ import pytest
 import torch
 from reference import exact_noise, flat_gradient, per_example_gradients, superpopulation_sq_norm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from adaptive_batch import (
     BatchSizeController,
@@ -1012,6 +1012,83 @@ def test_a_resize_leaves_no_last_batch_of_one_sample_to_layers_that_look_across_
     control = controller(Milestones({1: 20}, unit="updates"), adjust_every=1, max_batch_size=20)
     trainer = quiet(MiniBatchTrainer, model, batch_size=8, controller=control)
     assert trainer.fit((x, x.sum(1, keepdim=True)), epochs=2).column("batch_size")[-3:] == [20, 20, 21]
+
+
+class Pairs(Dataset[Any]):
+    """Inputs and targets of the same form."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> Any:
+        return {"v": torch.full((3,), float(index))}, {"v": torch.full((1,), float(index))}
+
+
+class OfDict(nn.Linear):
+    def forward(self, x: Any) -> Tensor:
+        return super().forward(x["v"])
+
+
+def test_a_pair_of_two_samples_is_a_pair_whatever_its_forms() -> None:
+    def train(**options: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = OfDict(3, 1)
+        loss = lambda p, y: ((p - y["v"]) ** 2).mean()  # noqa: E731
+        MiniBatchTrainer(model, loss, sgd(model, lr=1e-3), batch_size=4, seed=0, progress=False, **options).fit(Pairs())
+        return list(model.parameters())
+
+    for whole, split in zip(train(), train(micro_batch_size=1), strict=True):
+        torch.testing.assert_close(whole, split)
+
+
+@pytest.mark.parametrize("policy", ["goodput", "noise_scale"])
+def test_a_batch_that_cannot_be_split_is_trained_on_unmeasured_with_one_warning(policy: str) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.RNN(3, 4), nn.Linear(4, 1)
+
+        def forward(self, x: Any) -> Tensor:
+            out: Tensor = self.head(self.rnn(x)[1][0])
+            return out
+
+    def packed(samples: Any) -> Any:
+        sequences = [torch.randn(1 + int(y) % 5, 3) for _, y in samples]
+        return nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False), torch.stack([y[None] for _, y in samples])
+
+    model = Recurrent()
+    data = TensorDataset(torch.zeros(64), torch.arange(64.0))
+    control = BatchSizeController(policy, lr_scaling="none", max_batch_size=32)
+    trainer = MiniBatchTrainer(model, nn.MSELoss(), sgd(model), controller=control, progress=False)
+    with pytest.warns(UserWarning, match="the gradient noise of an update is not measured: batch") as caught:
+        trainer.fit(DataLoader(data, 4, collate_fn=packed))
+    assert len(caught) == 1
+    assert trainer.updates == 16
+    assert control.noise.measurements == 0
+
+
+def test_a_fixed_size_steps_its_scheduler_once_an_update_whatever_the_loader_counts() -> None:
+    class Uneven(Sampler[list[int]]):
+        batch_size = 8
+
+        def __iter__(self) -> Iterator[list[int]]:
+            return iter([[0], [1, 2, 3], [4, 5], [6, 7, 8, 9]])
+
+        def __len__(self) -> int:
+            return 4
+
+    model = nn.Linear(1, 1)
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
+    x = torch.ones(10, 1)
+    trainer = FixedBatchTrainer(model, half_square, optimizer, batch_size=8, scheduler=scheduler, progress=False)
+    steps: list[int] = []
+    trainer.fit(
+        DataLoader(TensorDataset(x, x), batch_sampler=Uneven()),
+        epochs=2,
+        after_update=lambda made: steps.append(scheduler.last_epoch),
+    )
+    assert steps == list(range(1, 9))
 
 
 def test_a_trainer_times_parts_that_nothing_else_makes_slower_and_updates_that_run_whole() -> None:
