@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -823,14 +823,23 @@ class BatchSizeController:
             "noise": [noise.state_dict() for noise in self._noises],
             "inner_products": self.inner_products.state_dict(),
             "step_time": self.step_time.state_dict(),
-            "pending": [_plain(m) for m in self._pending],
+            "pending": self.pending_state(),
         }
         if hasattr(self.policy, "state_dict"):
             state["policy"] = self.policy.state_dict()
         return state
 
+    def pending_state(self) -> list[dict[str, Any]]:
+        """The measurements since the last decision, which are each rank's own."""
+        return [_plain(m) for m in self._pending]
+
+    def load_pending(self, state: Sequence[Mapping[str, Any]], *, whole: bool = True) -> None:
+        """Put back what :meth:`pending_state` gave, without the parts' norms where they are not of all ranks."""
+        pending = [_pending_measurement(record) for record in state]
+        self._pending = pending if whole else [replace(m, part_sq_norms=(), part_sizes=()) for m in pending]
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave.
+        """Put back what :meth:`state_dict` gave; a policy that has a memory and finds none begins anew.
 
         Raises:
             ValueError: if something is missing or not what it should be; nothing is changed then.
@@ -952,7 +961,7 @@ def _pending_measurement(record: Any) -> Measurement:
 def _check_state(state: object, own: Mapping[str, Any]) -> None:
     if not isinstance(state, Mapping):
         raise ValueError(f"this is not the state of a BatchSizeController but a {type(state).__name__}.")
-    missing = [key for key in own if key not in state]
+    missing = [key for key in own if key not in state and key != "policy"]
     if missing:
         raise ValueError(f"this is not the state of a BatchSizeController: {', '.join(missing)} missing.")
     for key, fits in _STATE.items():

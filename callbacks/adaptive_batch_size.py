@@ -925,6 +925,7 @@ class AdaptiveBatchSize(CallbackBase):
             "micro_batches": self._micro_batches.state_dict(),
             "history": self.history.state_dict(),
             "noted": self._noted,
+            "seed": self._seed,
         }
         if self._trainer is not None and self._sampler is not None and self._has_run_state:
             state |= self._loop_state(self._trainer)
@@ -939,7 +940,7 @@ class AdaptiveBatchSize(CallbackBase):
             "inside_batch": self._draw_at_hand is not None,
             "validation_follows": _lightning.validation_follows(trainer),
             "window": [],
-            "ranks": [self._run_state.state_dict()],
+            "ranks": [self._own_state()],
         }
         if self._draw_at_hand is not None:
             self._sampler.draws.appendleft(self._draw_at_hand)
@@ -950,6 +951,11 @@ class AdaptiveBatchSize(CallbackBase):
             state["window"] = [list(draw) for draw in self._window]
             state["gradients"] = self._run_state.gradients()
         return state
+
+    def _own_state(self) -> dict[str, Any]:
+        """What is each rank's own."""
+        own = {"pending": self._controller.pending_state(), "micro_batches": self._micro_batches.state_dict()}
+        return {**self._run_state.state_dict(), **own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Put back what :meth:`state_dict` gave; what belongs to the loop waits until it goes on."""
@@ -977,8 +983,17 @@ class AdaptiveBatchSize(CallbackBase):
     def _take_up(self, state: Mapping[str, Any]) -> None:
         """The loader's side of a checkpoint."""
         assert self._clock is not None
+        if state["sampler"]["consumed"] and state["seed"] != self._seed:
+            raise ValueError(
+                f"seed={self._seed} gives the samples another order than the checkpoint's seed={state['seed']}, in the "
+                "middle of an epoch; pass that seed, or resume from a checkpoint of an epoch's end."
+            )
         self._load_sampler(state)
-        self._clock.load_state_dict(state["clock"])
+        clock = state["clock"]
+        if clock.keys() == self._clock.state_dict().keys():
+            self._clock.load_state_dict(clock)
+        else:  # of another schedule_clock
+            self._clock.go_on(self._plain, state["position"], clock.get("total", clock["taken"]))
         self._taken_up = True
 
     def _load_sampler(self, state: Mapping[str, Any]) -> None:
@@ -1019,6 +1034,10 @@ class AdaptiveBatchSize(CallbackBase):
             self._load_sampler(state)  # an iterator that is thrown away has drawn from it
             self._sampler.end_epoch()
         same_ranks = len(ranks) == trainer.world_size
+        own = ranks[min(trainer.global_rank, len(ranks) - 1)]
+        self._controller.load_pending(own["pending"], whole=same_ranks)
+        if same_ranks:
+            self._micro_batches.load_state_dict(own["micro_batches"])
         if trainer.global_rank < len(ranks):
             self._run_state.restore(ranks[trainer.global_rank], inside_epoch=inside and same_ranks)
         if not inside:

@@ -126,3 +126,14 @@ def test_the_same_ranks_go_on_bit_for_bit_with_dropout_and_metrics(tmp_path: Pat
         assert trace(tmp_path / "two", rank) == trace(tmp_path / "whole", rank)
     two, whole = (torch.load(tmp_path / name / "done-1.pt") for name in ("two", "whole"))
     assert all(torch.equal(two["weights"][name], value) for name, value in whole["weights"].items())
+
+
+def test_between_two_decisions_each_rank_has_its_own_measurements_back(tmp_path: Path) -> None:
+    options = {"policy": "noise", "adjust_every": 4, "lr_scaling": "adascale"}  # and a checkpoint after 6 updates
+    run(tmp_path / "whole", 2, **options)
+    run(stopped(tmp_path / "two", 2, **options), 2, **options)
+    for rank in (0, 1):
+        assert trace(tmp_path / "two", rank) == trace(tmp_path / "whole", rank)
+    two, whole = (torch.load(tmp_path / name / "done-1.pt") for name in ("two", "whole"))
+    assert two["changes"] == whole["changes"]
+    assert all(torch.equal(two["weights"][name], value) for name, value in whole["weights"].items())

@@ -313,6 +313,33 @@ class TestWithAndWithoutTheCallback:
         assert sorted(seen_in(resumed, 1)) == list(range(SAMPLES))
 
 
+class TestOtherArguments:
+    @pytest.mark.parametrize("policy", ["plateau", "loss_proportional", "dont_decay"])
+    def test_a_policy_with_a_memory_begins_anew_in_a_run_of_another(self, tmp_path: Path, policy: str) -> None:
+        train(tmp_path / "before", max_epochs=1)
+        resumed = train(
+            tmp_path / "after", tmp_path / "before" / "step=4.ckpt", policy=policy, callback={"lr_scaling": "auto"}
+        )
+        assert sorted(seen_in(resumed, 2)) == list(range(SAMPLES))
+
+    @pytest.mark.parametrize("clocks", [("samples", "gain"), ("gain", "samples")])
+    def test_another_schedule_clock_goes_on_where_the_schedule_is(self, tmp_path: Path, clocks: Any) -> None:
+        before = train(tmp_path / "before", max_epochs=1, policy="constant", callback={"schedule_clock": clocks[0]})
+        saved = tmp_path / "before" / "step=4.ckpt"
+        after = train(
+            tmp_path / "after", saved, max_epochs=1, policy="constant", callback={"schedule_clock": clocks[1]}
+        )
+        steps = [made.trainer.lr_scheduler_configs[0].scheduler.last_epoch for made in (before, after)]
+        assert steps == [13, 13]
+
+    def test_another_seed_is_refused_inside_an_epoch(self, tmp_path: Path) -> None:
+        train(tmp_path / "before", max_epochs=2)
+        with pytest.raises(ValueError, match="seed=5 gives the samples another order than the checkpoint's seed=None"):
+            train(tmp_path / "after", tmp_path / "before" / "step=4.ckpt", callback={"seed": 5})
+        resumed = train(tmp_path / "after", tmp_path / "before" / "end-epoch=0.ckpt", callback={"seed": 5})
+        assert sorted(seen_in(resumed, 1)) == list(range(SAMPLES))
+
+
 class Breaks(pl.Callback):
     """Raises in the middle of a batch."""
 
