@@ -826,7 +826,7 @@ class BatchSizeController:
             "pending": self.pending_state(),
         }
         if hasattr(self.policy, "state_dict"):
-            state["policy"] = self.policy.state_dict()
+            state |= {"policy": self.policy.state_dict(), "policy_of": type(self.policy).__name__}
         return state
 
     def pending_state(self) -> list[dict[str, Any]]:
@@ -839,7 +839,7 @@ class BatchSizeController:
         self._pending = pending if whole else [replace(m, part_sq_norms=(), part_sizes=()) for m in pending]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave; a policy that has a memory and finds none begins anew.
+        """Put back what :meth:`state_dict` gave; a policy with a memory that finds none, or another's, begins anew.
 
         Raises:
             ValueError: if something is missing or not what it should be; nothing is changed then.
@@ -852,7 +852,8 @@ class BatchSizeController:
             noise.load_state_dict(noise_state)
         step_time.load_state_dict(state["step_time"])
         pending = [_pending_measurement(record) for record in state["pending"]]
-        if hasattr(self.policy, "load_state_dict") and "policy" in state:
+        same = state.get("policy_of") == type(self.policy).__name__
+        if hasattr(self.policy, "load_state_dict") and "policy" in state and same:
             self.policy.load_state_dict(state["policy"])
         self._noises, self.inner_products, self.step_time = noises, inner_products, step_time
         self._pending = pending
@@ -961,7 +962,8 @@ def _pending_measurement(record: Any) -> Measurement:
 def _check_state(state: object, own: Mapping[str, Any]) -> None:
     if not isinstance(state, Mapping):
         raise ValueError(f"this is not the state of a BatchSizeController but a {type(state).__name__}.")
-    missing = [key for key in own if key not in state and key != "policy"]
+    others = () if state.get("policy_of") == own.get("policy_of") else ("policy", "policy_of")
+    missing = [key for key in own if key not in state and key not in others]
     if missing:
         raise ValueError(f"this is not the state of a BatchSizeController: {', '.join(missing)} missing.")
     for key, fits in _STATE.items():

@@ -314,9 +314,12 @@ class TestWithAndWithoutTheCallback:
 
 
 class TestOtherArguments:
+    @pytest.mark.parametrize("before", [None, "plateau"])
     @pytest.mark.parametrize("policy", ["plateau", "loss_proportional", "dont_decay"])
-    def test_a_policy_with_a_memory_begins_anew_in_a_run_of_another(self, tmp_path: Path, policy: str) -> None:
-        train(tmp_path / "before", max_epochs=1)
+    def test_a_policy_with_a_memory_begins_anew_in_a_run_of_another(
+        self, tmp_path: Path, policy: str, before: str | None
+    ) -> None:
+        train(tmp_path / "before", max_epochs=1, policy=before)
         resumed = train(
             tmp_path / "after", tmp_path / "before" / "step=4.ckpt", policy=policy, callback={"lr_scaling": "auto"}
         )
