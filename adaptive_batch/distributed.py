@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from statistics import median
 from typing import Any
 
@@ -53,10 +53,12 @@ class SharedOrder(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            len(self.sampler)
+            length = len(self.sampler)
         except TypeError:
             return iter(self.sampler)
-        return iter(self._send(list(self.sampler) if self._rank == 0 else None))
+        own = iter(self.sampler if self._rank == 0 else ())
+        # Its end is looked for when somebody asks for it: torch's samplers draw once more there.
+        return chain(self._send(list(islice(own, length)) if self._rank == 0 else None), own)
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -524,13 +524,15 @@ class _Indices:
             batch = list(islice(self._indices, size))  # the usual case, without a detour
             self._empty = len(batch) < size
             return batch
-        ahead = 0 if drop_last or world_size == 1 else world_size
+        fewest = ahead = 0 if drop_last or world_size == 1 else world_size
+        if self._owner.samples == self._taken + size:
+            ahead = 0  # one rank would not look past the end either, where torch's samplers draw once more
         wanted = size + ahead if limit is None else min(size + ahead, limit)
         self._fill(wanted)
         available = min(len(self._ahead), wanted)
         if available < size and drop_last:
             return []
-        if available - size < ahead:
+        if available - size < fewest:
             size = available
         return [self._ahead.popleft() for _ in range(min(size, available))]
 

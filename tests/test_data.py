@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from torch.utils.data import (
 )
 
 from adaptive_batch.data import AdaptiveBatchSampler, Draw, make_adaptive
+from adaptive_batch.distributed import SharedOrder
 
 
 class Numbers(Dataset):
@@ -285,6 +287,24 @@ def test_a_tail_of_fewer_samples_than_ranks_joins_the_batch_before():
     assert [d.size for d in ranks[0].draws] == [8, 10]
     assert [d.last for d in ranks[0].draws] == [False, True]
     assert len(AdaptiveBatchSampler(range(18), 8, world_size=3)) == 2
+
+
+@pytest.mark.parametrize("length", [24, 25, 27])
+def test_a_generator_is_where_it_would_be_on_one_rank_after_each_epoch(length):
+    def epochs(world: int) -> list[list[int]]:
+        sampler: Any = RandomSampler(range(length), generator=torch.Generator().manual_seed(0))
+        order = sampler if world == 1 else SharedOrder(sampler, 0, lambda value: value)
+        batches = AdaptiveBatchSampler(order, 8, world_size=world)
+        found = []
+        for _ in range(3):
+            drawn = iter(batches)
+            while batches.consumed < length:  # a loop that knows the length does not ask for more
+                next(drawn)
+            found.append([draw.position for draw in batches.draws][-1:] + sampler.generator.get_state().tolist())
+            batches.end_epoch()
+        return found
+
+    assert epochs(2) == epochs(1)
 
 
 def test_fewer_samples_than_ranks_are_refused():
