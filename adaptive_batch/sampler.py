@@ -437,17 +437,19 @@ class Epoch(Iterator[list[Any]]):
         return self.source is not None and self.source.exhausted
 
     def __next__(self) -> list[Any]:
+        if self._stopped:
+            raise StopIteration
         owner = self._owner
         source = self.source or self._start()
         batch: list[Any] = []
         nominal = owner.batch_size
-        if self.coming or not self.ended:
+        if self.ended and not self.coming and isinstance(source, _Indices):
+            source.look_for_the_end()
+        else:
             batch, nominal = source.take(owner.batch_size, owner.left(self))
         if not batch:
-            self.ended = True
-            if not self._stopped:
-                owner.note_drawn(self)
-            self._stopped = True
+            self.ended = self._stopped = True
+            owner.note_drawn(self)
             raise StopIteration
         if len(batch) < owner.world_size:
             raise ValueError(
@@ -543,6 +545,10 @@ class _Indices:
         self._fill(samples + 1)  # one more, since generators draw their random numbers with the first index
         for _ in range(min(samples, len(self._ahead))):
             self._ahead.popleft()
+
+    def look_for_the_end(self) -> None:
+        """As was done before a state was saved: torch's samplers draw once more there."""
+        self._fill(sys.maxsize)
 
     def _fill(self, count: int) -> None:
         missing = count - len(self._ahead)
