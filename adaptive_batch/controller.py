@@ -634,7 +634,7 @@ class BatchSizeController:
         """
         goodput = getattr(self.policy, "goodput", None)
         follows = m.batch_size != self.reference_batch_size and "noise" in self._needs_besides
-        if goodput is None or not self.careful or follows:
+        if goodput is None or not self.careful or follows or self.step_time.wants_passes:  # a few times tell little
             return True
         above, below = self._grid_above(m.batch_size), self._bounded(self._grid_below(m.batch_size), m)
         return _may_promise(MIN_PROSPECT, goodput, above, m, math.inf) or (
